@@ -1,0 +1,4759 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["PyMySQL>=1.0.2"]
+# ///
+"""queuectl: a queue of shell commands, kept in MySQL.
+
+The file reads downwards: a room uses only the rooms above it.
+
+    errors       what a person can mend, and the exit status that says so
+    settings     every knob: its name, its default, where it may be set
+    rules        states, moves, backoff, what the end of a run means; no clock, no I/O
+    schema       the tables, as migrations.sql prints them
+    connection   reaching MySQL, and saying plainly why we could not
+    enqueueing   what a job may say, and its way into the table
+    claiming     one turn: beat, settle, promote, claim; and taking over what was lost
+    looking      what status, list and show ask; cancel, dead letters, settings
+    runner       one shell command: its output, its time limit, its end
+    worker       claim, run, settle, again
+    supervisor   keeping workers alive: PID file, log, signals, restarts
+    server       a private MySQL for a machine without one
+    screen       tables, JSON, escapes
+    commands     what a person can type
+    main         one door in, one door out
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import enum
+import errno
+import fcntl
+import json
+import math
+import os
+import queue
+import random
+import re
+import secrets
+import select
+import selectors
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import uuid
+from dataclasses import dataclass
+from typing import (
+    IO, TYPE_CHECKING, Callable, Collection, Generic, Iterable, Iterator, List,
+    Mapping, NamedTuple, NoReturn, Optional, Sequence, Tuple, TypeVar, Union,
+)
+
+if TYPE_CHECKING:
+    import ssl
+    from pymysql.connections import Connection
+    from pymysql.cursors import Cursor
+
+VERSION = "0.1.0"
+T = TypeVar("T")
+Row = Tuple[object, ...]
+Json = Union[None, bool, int, float, str, List["Json"], "dict[str, Json]"]
+
+
+# ---- errors ------------------------------------------------------------------
+#
+# One kind of error is meant for people. It is raised where the cause is known,
+# worded for its reader, and caught only in main; anything else is a bug and shows
+# its traceback.
+
+CANNOT, USAGE, UNAVAILABLE, TIMED_OUT, INTERRUPTED = 1, 2, 69, 124, 130
+
+
+class Problem(Exception):
+    """What happened, what to do next, and the exit status that says so."""
+
+    def __init__(self, what: str, hint: str = "", status: int = CANNOT) -> None:
+        super().__init__(what)
+        self.what, self.hint, self.status = what, hint, status
+
+
+def excerpt(value: object, limit: int = 60) -> str:
+    """`value` for a message: printable, on one line, and short."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    text = text.encode("unicode_escape", "backslashreplace").decode("ascii")
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """A hint naming the likely word, or an empty one."""
+    import difflib
+
+    found = difflib.get_close_matches(word, list(words), 1)
+    return f"did you mean {found[0]}?" if found else ""
+
+
+# ---- settings ----------------------------------------------------------------
+#
+# Every knob stands here once, with its type, default, bounds and help; `config`,
+# --help, .env.example, README and the checks read this table. The environment (and
+# .env, below it) beats the config table, which beats the default.
+
+UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+TEN_YEARS_S = 10 * 366 * 86400
+
+
+def parse_duration(text: str) -> float:
+    """Seconds from `90`, `90s`, `5m`, `2h30m` or `1d`; ValueError otherwise."""
+    if re.fullmatch(r"\d{1,12}(\.\d{1,6})?", text):
+        return float(text)
+    if not re.fullmatch(r"(\d{1,9}(\.\d{1,6})?[smhd])+", text):
+        raise ValueError(text)
+    parts = re.findall(r"([\d.]+)([smhd])", text)
+    return sum(float(amount) * UNITS_S[unit] for amount, unit in parts)
+
+
+def say_duration(seconds: float) -> str:
+    """A duration for people: `0.2 s`, `41 s`, `2 m 30 s`, `3 h 5 m`, `2 d 1 h`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 and seconds % 1 else f"{seconds:.0f} s"
+    whole = int(seconds)
+    for unit, below in (("d", "h"), ("h", "m"), ("m", "s")):
+        amount, rest = divmod(whole, UNITS_S[unit])
+        if amount:
+            rest //= UNITS_S[below]
+            return f"{amount} {unit}" + (f" {rest} {below}" if rest else "")
+    return f"{whole} s"
+
+
+@dataclass(frozen=True)
+class Kind(Generic[T]):
+    """One kind of value: how its text is read, and the words for what is expected."""
+
+    convert: Callable[[str], T]
+    expects: str
+    json_types: tuple[type, ...] = (str,)
+
+    def read(self, text: str, name: str) -> T:
+        try:
+            return self.convert(text)
+        except (ValueError, OverflowError):
+            raise Problem(f"{name}: expected {self.expects}, not {excerpt(text)}",
+                          status=USAGE) from None
+
+    def read_json(self, value: object, name: str) -> T:
+        """The value of a JSON document, whose type must be right too."""
+        if isinstance(value, bool) or not isinstance(value, self.json_types):
+            raise Problem(f"{name}: expected {self.expects}, not {excerpt(value)}",
+                          status=USAGE)
+        return self.read(value if isinstance(value, str) else json.dumps(value), name)
+
+
+def bounded(value: T, low: float, high: float) -> T:
+    if not low <= value <= high:  # type: ignore[operator]
+        raise ValueError(value)
+    return value
+
+
+def whole(low: int, high: int) -> Kind[int]:
+    def convert(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d{1,18}", text):
+            raise ValueError(text)
+        return bounded(int(text), low, high)
+    return Kind(convert, f"a whole number from {low} to {high}", (int,))
+
+
+def number(low: float, high: float) -> Kind[float]:
+    return Kind(lambda text: bounded(float(text), low, high),
+                f"a number from {low:g} to {high:g}", (int, float))
+
+
+def duration(low: float = 0, high: float = TEN_YEARS_S) -> Kind[float]:
+    limits = f" of at least {low:g} s" if low else ""
+    limits += f" of at most {say_duration(high)}" if high < TEN_YEARS_S else ""
+    return Kind(lambda text: bounded(parse_duration(text), low, high),
+                f"a duration{limits} such as 90, 90s, 5m or 2h30m", (int, float, str))
+
+
+def choice(*words: str) -> Kind[str]:
+    return Kind(lambda text: words[words.index(text)], " or ".join(words))
+
+
+def read_codes(text: str) -> frozenset[int]:
+    words = [word for word in re.split(r"[,\s]+", text.strip()) if word]
+    return frozenset(bounded(int(word), 1, 255) for word in words)
+
+
+EXIT_CODES = Kind(read_codes, "exit codes from 1 to 255, comma-separated")
+
+
+def knob(kind: Kind[T], default: str, help_text: str) -> T:
+    """A field of Settings: its default is read by the same code as what people type."""
+    metadata = {"kind": kind, "default": default, "help": help_text}
+    return dataclasses.field(default=kind.convert(default), metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The runtime settings, as one frozen value; a reload makes a new one."""
+
+    backoff_base: float = knob(
+        number(1, 1000), "2", "the delay before retry n is this to the power n, in seconds")
+    backoff_max: float = knob(duration(), "1h", "the longest delay before a retry")
+    backoff_jitter: float = knob(
+        number(0, 1), "0", "the part of a delay that is random, from 0 to 1")
+    max_retries: int = knob(
+        whole(0, 1000), "3", "retries of a job that does not say: 3 means up to 4 runs")
+    job_timeout: float = knob(
+        duration(), "60", "time limit of a job that does not say; 0: none")
+    kill_grace: float = knob(
+        duration(0, 3600), "5", "seconds from TERM to KILL when a run is ended")
+    output_limit: int = knob(
+        whole(0, 16 << 20), "65536", "bytes of a run's output that are kept, head and tail")
+    poll_interval: float = knob(
+        duration(0.05, 60), "1", "seconds between looks of an idle worker")
+    heartbeat: float = knob(
+        duration(0.1, 600), "5", "the longest time between two beats of a worker")
+    worker_timeout: float = knob(
+        duration(0.4, 86400), "30",
+        "the lease: a worker silent for so long is lost (at least 4 heartbeats)")
+    retain_completed: float = knob(
+        duration(), "14d", "how long completed jobs are kept; 0: for ever")
+    retain_cancelled: float = knob(
+        duration(), "14d", "how long cancelled jobs are kept; 0: for ever")
+    retain_dead: float = knob(duration(), "0", "how long dead jobs are kept; 0: for ever")
+    permanent_exit_codes: frozenset[int] = knob(
+        EXIT_CODES, "", "exit codes that are never retried")
+    on_lost: str = knob(
+        choice("retry", "dead"), "retry", "what becomes of a job whose worker was lost")
+
+    @property
+    def lease_s(self) -> float:
+        return max(self.worker_timeout, 4 * self.heartbeat)
+
+
+KNOBS = {field.name: field for field in dataclasses.fields(Settings)}
+
+
+def variable_of(key: str) -> str:
+    return f"QUEUECTL_{key.upper()}"
+
+
+class Variable(NamedTuple):
+    """A variable that only the environment and .env may set."""
+
+    default: str
+    help: str
+
+
+VARIABLES = {
+    "DB_HOST": Variable("127.0.0.1", "server, or several with commas, each with an "
+                        "optional :port; the first that takes writes is used"),
+    "DB_PORT": Variable("3306", "port of those without one"),
+    "DB_SOCKET": Variable("", "path of the server's Unix socket, instead of a host"),
+    "DB_USER": Variable("", "account; by default the login name"),
+    "DB_PASSWORD": Variable("", "its password"),
+    "DB_PASSWORD_FILE": Variable("", "a file whose first line is the password"),
+    "DB_NAME": Variable("queuectl", "database"),
+    "DB_SSL_MODE": Variable("preferred", "disabled, preferred, required, verify_ca or "
+                            "verify_identity"),
+    "DB_SSL_CA": Variable("", "file of certificate authorities to verify against"),
+    "PID_FILE": Variable("./workers.pid", "PID file of worker start --daemon"),
+    "QUEUECTL_SKIP_LOCKED": Variable("", "off: claim without SKIP LOCKED"),
+}
+# What a job does not inherit: ways into the database, tokens, the notify socket.
+PRIVATE_VARIABLE = re.compile(
+    r"DB_.*|DATABASE_URL|MYSQL_PWD|QUEUECTL_.*(KEY|TOKEN)|NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*")
+
+
+def read_dotenv(path: str) -> dict[str, str]:
+    """The variables of a .env file: parsed, never executed; none if there is no file."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            lines = file.read().split("\n")
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise Problem(f"cannot read {path}: {error.strerror}", status=UNAVAILABLE) from None
+    found = {}
+    for position, line in enumerate(lines, 1):
+        line = line.strip().lstrip("\ufeff")
+        if not line or line.startswith("#"):
+            continue
+        match = re.fullmatch(r"(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(.*)", line)
+        if not match:
+            raise Problem(f"{path}, line {position}: expected NAME=VALUE", status=USAGE)
+        found[match[1]] = _dotenv_value(match[2], f"{path}, line {position}")
+    return found
+
+
+def _dotenv_value(text: str, where: str) -> str:
+    if text[:1] in ("'", '"'):
+        match = re.fullmatch(r"""'([^']*)'\s*(#.*)?|"((?:[^"\\]|\\.)*)"\s*(#.*)?""", text)
+        if not match:
+            raise Problem(f"{where}: a quote is not closed", status=USAGE)
+        if match[1] is not None:
+            return match[1]
+        return re.sub(r"\\(.)", lambda m: {"n": "\n"}.get(m[1], m[1]), match[3])
+    return re.sub(r"(^|\s+)#.*", "", text)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where variables are looked up, in order: (what it is called, what it holds)."""
+
+    layers: tuple[tuple[str, Mapping[str, str]], ...]
+
+    @classmethod
+    def read(cls) -> Environment:
+        """The process's own variables, then ./.env, then the one beside the script."""
+        layers: list[tuple[str, Mapping[str, str]]] = [("environment", dict(os.environ))]
+        beside = os.path.join(os.path.dirname(os.path.realpath(__file__)), ".env")
+        layers.append(("./.env", read_dotenv(".env")))
+        if os.path.realpath(".env") != beside:
+            layers.append((beside, read_dotenv(beside)))
+        return cls(tuple(layers))
+
+    def find(self, name: str) -> tuple[str, str] | None:
+        """The value and the source of the first layer that sets `name`."""
+        for source, variables in self.layers:
+            if name in variables:
+                return variables[name], source
+        return None
+
+    def get(self, name: str) -> str:
+        found = self.find(name)
+        return found[0] if found else VARIABLES[name].default
+
+
+class Configured(NamedTuple):
+    """The settings in force, the source and text of each, and what was unusable."""
+
+    settings: Settings
+    origins: dict[str, tuple[str, str]]
+    complaints: list[str]
+
+
+def configure(environment: Environment, table: Mapping[str, str]) -> Configured:
+    """Settings from the environment, the config table and the defaults.
+
+    A value in the environment that cannot be read is a Problem; one in the table, which
+    somebody else may have written, is passed over with a complaint.
+    """
+    values: dict[str, object] = {}
+    origins, complaints = {}, []
+    for key, field in KNOBS.items():
+        kind: Kind[object] = field.metadata["kind"]
+        origins[key] = ("default", field.metadata["default"])
+        if key in table:
+            try:
+                values[key] = kind.read(table[key], f"config {key}")
+                origins[key] = ("config", table[key])
+            except Problem as problem:
+                complaints.append(f"{problem.what}; the default is used")
+        found = environment.find(variable_of(key))
+        if found:
+            values[key] = kind.read(found[0], f"{variable_of(key)} ({found[1]})")
+            origins[key] = (found[1], found[0])
+    settings = dataclasses.replace(Settings(), **values)  # type: ignore[arg-type]
+    return Configured(settings, origins, complaints)
+
+
+SSL_MODES = ("disabled", "preferred", "required", "verify_ca", "verify_identity")
+LOCAL_SOCKETS = ("/run/mysqld/mysqld.sock", "/var/run/mysqld/mysqld.sock",
+                 "/var/lib/mysql/mysql.sock", "/tmp/mysql.sock")
+PRIVATE_FOLDER = ".queuectl"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the database is and who we are there; each with the source that said so."""
+
+    hosts: tuple[tuple[str, int], ...]
+    socket: str
+    user: str
+    password: str = dataclasses.field(repr=False)
+    database: str = "queuectl"
+    ssl_mode: str = "preferred"
+    ssl_ca: str = ""
+    source: str = "default"
+    account_source: str = "default"
+
+    def __str__(self) -> str:
+        where = self.socket or ",".join(f"{host}:{port}" for host, port in self.hosts)
+        return f"{self.database} at {where}"
+
+
+def private_socket(folder: str) -> str:
+    """The socket of the private server in `folder`; a long path is noted in a file."""
+    with contextlib.suppress(OSError), open(os.path.join(folder, "socket")) as note:
+        return note.read().strip()
+    return os.path.join(folder, "mysqld.sock")
+
+
+def find_private_folder() -> str:
+    """The private server's folder, here or beside the script; empty if there is none."""
+    beside = os.path.dirname(os.path.realpath(__file__))
+    for folder in (PRIVATE_FOLDER, os.path.join(beside, PRIVATE_FOLDER)):
+        if os.path.isdir(os.path.join(folder, "data")):
+            return folder
+    return ""
+
+
+def find_target(environment: Environment) -> Target:
+    """The database to use: address and account, each whole from the first that says."""
+    import getpass
+
+    hosts, sock, source = _find_address(environment)
+    account: dict[str, str] = {}
+    account_source = "default"
+    for name, variables in environment.layers:
+        account = {key: variables[key] for key in
+                   ("DB_USER", "DB_PASSWORD", "DB_PASSWORD_FILE") if key in variables}
+        if account:
+            account_source = name
+            break
+    if not account and source == PRIVATE_FOLDER:
+        account, account_source = {"DB_USER": "root"}, PRIVATE_FOLDER
+    mode = environment.get("DB_SSL_MODE").lower()
+    if mode not in SSL_MODES:
+        raise Problem(f"DB_SSL_MODE: expected {', '.join(SSL_MODES)}, not {excerpt(mode)}",
+                      nearest(mode, SSL_MODES), USAGE)
+    return Target(hosts, sock, account.get("DB_USER") or getpass.getuser(),
+                  _password(account), environment.get("DB_NAME"), mode,
+                  environment.get("DB_SSL_CA"), source, account_source)
+
+
+def _password(account: Mapping[str, str]) -> str:
+    if "DB_PASSWORD" in account or not account.get("DB_PASSWORD_FILE"):
+        return account.get("DB_PASSWORD", "")
+    try:
+        with open(account["DB_PASSWORD_FILE"], encoding="utf-8") as file:
+            return file.readline().rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Problem(f"DB_PASSWORD_FILE: cannot read {account['DB_PASSWORD_FILE']}: "
+                      f"{error}", status=UNAVAILABLE) from None
+
+
+def _find_address(environment: Environment) -> tuple[tuple[tuple[str, int], ...], str, str]:
+    """(hosts, socket, source); the private server and the default come last."""
+    for name, variables in environment.layers:
+        said = {key: variables[key] for key in ("DB_HOST", "DB_PORT", "DB_SOCKET")
+                if variables.get(key)}
+        if not said:
+            continue
+        if "DB_SOCKET" in said:
+            return (), said["DB_SOCKET"], name
+        port = whole(1, 65535).read(said.get("DB_PORT", "3306"), f"DB_PORT ({name})")
+        if said.get("DB_HOST") == "localhost" and "DB_PORT" not in said:
+            found = next((path for path in LOCAL_SOCKETS if os.path.exists(path)), "")
+            if found:
+                return (), found, name
+        return _hosts(said.get("DB_HOST", "127.0.0.1"), port), "", name
+    folder = find_private_folder()
+    if folder:
+        return (), private_socket(folder), PRIVATE_FOLDER
+    return (("127.0.0.1", 3306),), "", "default"
+
+
+def _hosts(text: str, port: int) -> tuple[tuple[str, int], ...]:
+    found = []
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(r"\[([^\]]+)\](?::(\d+))?|([^:]+):(\d+)|(.+)", word)
+        if not match:
+            raise Problem(f"DB_HOST: expected host or host:port, not {excerpt(word)}",
+                          status=USAGE)
+        name, given = match[1] or match[3] or match[5], match[2] or match[4]
+        found.append((name, whole(1, 65535).read(given, "DB_HOST's port") if given else port))
+    if not found:
+        raise Problem("DB_HOST names no host", status=USAGE)
+    return tuple(found)
+
+
+# ---- rules -------------------------------------------------------------------
+#
+# States, moves, and what the end of a run means. Plain values in, plain values out:
+# no clock, no I/O. The claiming room carries out what is decided here.
+
+class State(str, enum.Enum):
+    """Where a job is. The first five are the ones that status always shows."""
+
+    __str__ = str.__str__
+    PENDING = "pending"        # may run now
+    PROCESSING = "processing"  # one worker holds it, by its token
+    COMPLETED = "completed"    # exit status 0; never moves again
+    FAILED = "failed"          # waits out its backoff
+    DEAD = "dead"              # out of retries, or permanent; only a person moves it
+    SCHEDULED = "scheduled"    # waits for its time
+    BLOCKED = "blocked"        # waits for other jobs
+    CANCELLED = "cancelled"    # a person ended it
+
+
+class Move(NamedTuple):
+    leaves: frozenset[State]
+    to: State
+
+
+def _move(to: State, *leaves: State) -> Move:
+    return Move(frozenset(leaves), to)
+
+
+MOVES = {
+    "release": _move(State.PENDING, State.SCHEDULED, State.FAILED, State.BLOCKED),
+    "defer": _move(State.SCHEDULED, State.BLOCKED),  # parents done, its time not yet come
+    "claim": _move(State.PROCESSING, State.PENDING),
+    "complete": _move(State.COMPLETED, State.PROCESSING),
+    "fail": _move(State.FAILED, State.PROCESSING),
+    "bury": _move(State.DEAD, State.PROCESSING, State.BLOCKED),
+    "lose": _move(State.FAILED, State.PROCESSING),
+    "hand back": _move(State.PENDING, State.PROCESSING),
+    "cancel": _move(State.CANCELLED, State.PENDING, State.SCHEDULED, State.BLOCKED,
+                    State.FAILED),
+    "cancel, ended": _move(State.CANCELLED, State.PROCESSING),
+    "revive": _move(State.PENDING, State.DEAD),
+}
+
+
+class Reason(str, enum.Enum):
+    """How a run ended."""
+
+    __str__ = str.__str__
+    EXIT = "exit"            # by itself, with an exit status
+    SIGNAL = "signal"        # by a signal that queuectl did not send
+    TIMEOUT = "timeout"      # at its time limit
+    SPAWN = "spawn"          # it never started
+    LOST = "lost"            # its worker was lost
+    CANCELLED = "cancelled"  # a person cancelled it
+    HANDED_BACK = "handed back"  # its worker was stopped before it ended
+
+
+ALONE_AFTER_LOSSES = 2
+TIMEOUT_STATUS = 124  # as timeout(1)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A job in `processing`, as its row says; NULLs are filled from the settings."""
+
+    seq: int
+    id: str
+    token: str
+    run: int
+    attempts: int
+    allowed: int
+    losses: int
+    backoff_base: float
+    permanent_exit_codes: frozenset[int]
+    on_lost: str
+    cancel_requested: bool
+    worker: str
+    started_at: object
+
+    @property
+    def alone(self) -> bool:
+        """Whether this run shares its worker process with no other."""
+        return self.losses >= ALONE_AFTER_LOSSES
+
+
+@dataclass(frozen=True)
+class End:
+    """How a run ended, as its worker saw it."""
+
+    reason: Reason
+    exit_code: int | None = None
+    detail: str = ""
+    duration_s: float | None = None
+    output: bytes = b""
+    output_bytes: int = 0  # how many it wrote, kept or not
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an ended run makes of its job."""
+
+    move: str
+    wait_s: float = 0.0
+    losses: int = 0
+    grant: int | None = None  # runs allowed from now on, where that changes
+
+
+def backoff_s(base: float, attempts: int, settings: Settings, chance: float) -> float:
+    """Seconds before the next run: base ^ attempts, at most backoff_max.
+
+    Compared by logarithms before the power is taken, so that nothing overflows.
+    """
+    longest = settings.backoff_max
+    if longest <= 0 or attempts * math.log(base) >= math.log(longest):
+        delay = longest
+    else:
+        delay = base ** attempts
+    return delay * (1 - settings.backoff_jitter * chance)
+
+
+def judge(job: Held, end: End, settings: Settings, chance: float) -> Verdict:
+    """The move that the end of a run makes. `chance`, from 0 to 1, feeds the jitter."""
+    if job.cancel_requested:
+        return Verdict("cancel, ended")
+    if end.reason is Reason.HANDED_BACK:
+        return Verdict("hand back", losses=job.losses)
+    wait_s = backoff_s(job.backoff_base, job.attempts, settings, chance)
+    if end.reason is Reason.LOST:
+        return _judge_lost(job, wait_s)
+    if end.reason is Reason.EXIT and end.exit_code == 0:
+        return Verdict("complete")
+    if end.exit_code in job.permanent_exit_codes or job.attempts >= job.allowed:
+        return Verdict("bury")
+    return Verdict("fail", wait_s)
+
+
+def _judge_lost(job: Held, wait_s: float) -> Verdict:
+    """Only a job that ran alone is buried for loss: no neighbour can have caused it."""
+    spent = job.attempts >= job.allowed
+    if job.on_lost == "dead" or (spent and job.alone):
+        return Verdict("bury", losses=job.losses + 1)
+    return Verdict("lose", wait_s if job.losses else 0.0, job.losses + 1,
+                   job.attempts + 1 if spent else None)
+
+
+class Judge:
+    """Which workers are lost, told by their beats and by our own clock alone.
+
+    A worker is lost when its beat stood still for its whole lease, during which all our
+    own beats came through, none more than two heartbeats apart. So an outage, a stall,
+    a suspended host or a stepped clock starts the count again for everyone.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[int, float]] = {}
+        self._last = -math.inf
+
+    def observe(self, now: float, beats: Mapping[str, tuple[int, float]],
+                heartbeat_s: float) -> dict[str, int]:
+        """The lost among `beats` (id: (beat, lease)), each with the beat it stopped at."""
+        if now - self._last > 2 * heartbeat_s:
+            self._seen.clear()
+        self._last = now
+        seen = {}
+        for worker, (beat, _) in beats.items():
+            before = self._seen.get(worker)
+            seen[worker] = before if before and before[0] == beat else (beat, now)
+        self._seen = seen
+        return {worker: beat for worker, (beat, since) in seen.items()
+                if now - since >= beats[worker][1]}
+
+
+# ---- schema ------------------------------------------------------------------
+#
+# The whole current schema: migrations.sql is its print, and a test holds the two
+# together. Doing it twice, or over an older schema, changes nothing. The version row
+# comes first, so that a half-made schema is known as ours and completed.
+
+SCHEMA_VERSION = 1
+# The version row says `schema/oldest schema whose programs may still write`.
+SCHEMA = """\
+-- The tables of queuectl, whole and current. Running this twice, or over an older
+-- schema, changes nothing; `queuectl db init` does the same and also upgrades.
+CREATE DATABASE IF NOT EXISTS `queuectl` DEFAULT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin;
+USE `queuectl`;
+
+CREATE TABLE IF NOT EXISTS config (
+  `key`      VARCHAR(64) CHARACTER SET ascii COLLATE ascii_bin NOT NULL PRIMARY KEY,
+  value      VARCHAR(1024) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL,
+  changed_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6))
+) ENGINE = InnoDB;
+INSERT IGNORE INTO config (`key`, value) VALUES ('schema_version', '1/1');
+
+-- Every column but `command` has a default, so that an application may enqueue with
+-- INSERT INTO jobs (command) VALUES ('...') inside its own transaction.
+CREATE TABLE IF NOT EXISTS jobs (
+  seq                  BIGINT UNSIGNED NOT NULL AUTO_INCREMENT PRIMARY KEY,
+  id                   VARCHAR(128) CHARACTER SET ascii COLLATE ascii_bin NOT NULL DEFAULT (UUID()),
+  command              MEDIUMTEXT NOT NULL,
+  queue                VARCHAR(64) CHARACTER SET ascii COLLATE ascii_bin NOT NULL DEFAULT 'default',
+  state                VARCHAR(10) CHARACTER SET ascii COLLATE ascii_bin NOT NULL DEFAULT 'pending',
+  priority             INT NOT NULL DEFAULT 0,
+  claim_order          INT GENERATED ALWAYS AS (-priority) STORED,
+  attempts             INT NOT NULL DEFAULT 0,
+  attempts_max         INT NULL,
+  max_retries          INT NULL,
+  runs                 INT NOT NULL DEFAULT 0,
+  losses               INT NOT NULL DEFAULT 0,
+  timeout              DOUBLE NULL,
+  backoff_base         DOUBLE NULL,
+  permanent_exit_codes VARCHAR(1024) CHARACTER SET ascii COLLATE ascii_bin NULL,
+  on_lost              VARCHAR(5) CHARACTER SET ascii COLLATE ascii_bin NULL,
+  cwd                  TEXT NULL,
+  env                  MEDIUMTEXT NULL,
+  on_failure           MEDIUMTEXT NULL,
+  signature            VARCHAR(64) CHARACTER SET ascii COLLATE ascii_bin NULL,
+  schedule             VARCHAR(64) CHARACTER SET ascii COLLATE ascii_bin NULL,
+  batch                CHAR(16) CHARACTER SET ascii COLLATE ascii_bin NULL,
+  unique_key           VARCHAR(128) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NULL,
+  live_key             VARCHAR(128) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin GENERATED ALWAYS AS
+                       (CASE WHEN state IN ('completed', 'dead', 'cancelled') THEN NULL ELSE unique_key END) STORED,
+  waits_for            INT NOT NULL DEFAULT 0,
+  has_children         TINYINT NOT NULL DEFAULT 0,
+  next_run_at          DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
+  created_at           DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
+  started_at           DATETIME(6) NULL,
+  finished_at          DATETIME(6) NULL,
+  cancel_requested_at  DATETIME(6) NULL,
+  duration             DOUBLE NULL,
+  exit_code            INT NULL,
+  reason               VARCHAR(16) CHARACTER SET ascii COLLATE ascii_bin NULL,
+  worker               VARCHAR(64) CHARACTER SET ascii COLLATE ascii_bin NULL,
+  token                CHAR(16) CHARACTER SET ascii COLLATE ascii_bin NULL,
+  UNIQUE KEY jobs_id (id),
+  UNIQUE KEY jobs_live_key (live_key),
+  KEY jobs_claim (state, queue, claim_order, seq),
+  KEY jobs_due (state, next_run_at),
+  CONSTRAINT jobs_state CHECK (state IN ('pending', 'processing', 'completed', 'failed', 'dead', 'scheduled', 'blocked', 'cancelled')),
+  CONSTRAINT jobs_id_form CHECK (id REGEXP '^[A-Za-z0-9][A-Za-z0-9._:@+-]*$'),
+  CONSTRAINT jobs_queue_form CHECK (queue REGEXP '^[A-Za-z0-9][A-Za-z0-9._:@+-]*$'),
+  CONSTRAINT jobs_command_form CHECK (LENGTH(command) BETWEEN 1 AND 131000),
+  CONSTRAINT jobs_priority CHECK (priority BETWEEN -1000000 AND 1000000),
+  CONSTRAINT jobs_max_retries CHECK (max_retries BETWEEN 0 AND 1000),
+  CONSTRAINT jobs_timeout CHECK (timeout >= 0),
+  CONSTRAINT jobs_on_lost CHECK (on_lost IN ('retry', 'dead'))
+) ENGINE = InnoDB DEFAULT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin;
+
+-- Which job waits for which: needs is 'completed' or 'ended'.
+CREATE TABLE IF NOT EXISTS dependencies (
+  parent BIGINT UNSIGNED NOT NULL,
+  child  BIGINT UNSIGNED NOT NULL,
+  needs  VARCHAR(9) CHARACTER SET ascii COLLATE ascii_bin NOT NULL DEFAULT 'completed',
+  PRIMARY KEY (parent, child),
+  KEY dependencies_child (child)
+) ENGINE = InnoDB;
+
+-- History: a row for each run that ended, or that has output to show.
+CREATE TABLE IF NOT EXISTS runs (
+  job          BIGINT UNSIGNED NOT NULL,
+  run          INT NOT NULL,
+  attempt      INT NOT NULL,
+  worker       VARCHAR(64) CHARACTER SET ascii COLLATE ascii_bin NULL,
+  started_at   DATETIME(6) NULL,
+  finished_at  DATETIME(6) NULL,
+  duration     DOUBLE NULL,
+  exit_code    INT NULL,
+  reason       VARCHAR(16) CHARACTER SET ascii COLLATE ascii_bin NULL,
+  detail       VARCHAR(1024) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NULL,
+  output       LONGBLOB NULL,
+  output_bytes BIGINT NOT NULL DEFAULT 0,
+  PRIMARY KEY (job, run)
+) ENGINE = InnoDB;
+
+CREATE TABLE IF NOT EXISTS dlq (
+  seq       BIGINT UNSIGNED NOT NULL PRIMARY KEY,
+  id        VARCHAR(128) CHARACTER SET ascii COLLATE ascii_bin NOT NULL,
+  died_at   DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
+  exit_code INT NULL,
+  reason    VARCHAR(16) CHARACTER SET ascii COLLATE ascii_bin NULL,
+  last_line VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NULL,
+  UNIQUE KEY dlq_id (id),
+  KEY dlq_died (died_at)
+) ENGINE = InnoDB;
+
+CREATE TABLE IF NOT EXISTS workers (
+  id           VARCHAR(64) CHARACTER SET ascii COLLATE ascii_bin NOT NULL PRIMARY KEY,
+  host         VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL,
+  pid          BIGINT NOT NULL,
+  supervisor   BIGINT NOT NULL,
+  process      VARCHAR(255) CHARACTER SET ascii COLLATE ascii_bin NOT NULL,
+  slots        INT NOT NULL,
+  busy         INT NOT NULL DEFAULT 0,
+  queues       TEXT NULL,
+  state        VARCHAR(10) CHARACTER SET ascii COLLATE ascii_bin NOT NULL DEFAULT 'running',
+  beat         BIGINT NOT NULL DEFAULT 0,
+  lease        DOUBLE NOT NULL,
+  started_at   DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
+  heartbeat_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
+  lost_at      DATETIME(6) NULL
+) ENGINE = InnoDB DEFAULT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin;
+
+CREATE TABLE IF NOT EXISTS queues (
+  name        VARCHAR(64) CHARACTER SET ascii COLLATE ascii_bin NOT NULL PRIMARY KEY,
+  max_running INT NULL,
+  paused_at   DATETIME(6) NULL,
+  touched     BIGINT NOT NULL DEFAULT 0
+) ENGINE = InnoDB;
+
+CREATE TABLE IF NOT EXISTS schedules (
+  name        VARCHAR(64) CHARACTER SET ascii COLLATE ascii_bin NOT NULL PRIMARY KEY,
+  timing      VARCHAR(255) CHARACTER SET ascii COLLATE ascii_bin NOT NULL,
+  zone        VARCHAR(64) CHARACTER SET ascii COLLATE ascii_bin NOT NULL DEFAULT 'UTC',
+  job         MEDIUMTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL,
+  next_run_at DATETIME(6) NULL,
+  last_run_at DATETIME(6) NULL,
+  last_job    VARCHAR(128) CHARACTER SET ascii COLLATE ascii_bin NULL,
+  paused_at   DATETIME(6) NULL,
+  created_at  DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
+  KEY schedules_due (next_run_at)
+) ENGINE = InnoDB;
+"""
+
+
+def schema_statements() -> list[str]:
+    """The statements of SCHEMA that make tables: without CREATE DATABASE and USE."""
+    text = re.sub(r"(?m)^--.*\n", "", SCHEMA)
+    statements = [part.strip() for part in text.split(";\n") if part.strip()]
+    return [one for one in statements if not re.match(r"CREATE DATABASE|USE ", one)]
+
+
+def schema_for(database: str) -> str:
+    """The text of migrations.sql, for a database of this name."""
+    return SCHEMA.replace("`queuectl`", quote_name(database))
+
+
+def quote_name(name: str) -> str:
+    return "`" + name.replace("`", "``") + "`"
+
+
+# ---- connection --------------------------------------------------------------
+#
+# Reaching MySQL, and saying plainly why we could not. `transact` alone decides what
+# an error means: repeat, reconnect, the row's fault, or a Problem for a person. No
+# other room catches a PyMySQL error. Nobody forks with a connection open.
+
+class Trouble(enum.Enum):
+    """What an error of the server or the connection asks of us."""
+
+    REPEAT = "repeat the transaction"
+    RECONNECT = "the connection is gone"
+    READ_ONLY = "this server takes no writes now"
+    CROWDED = "the server has no connection to spare"
+    FULL = "the server is out of disk or memory"
+    ROW = "this row cannot be stored"
+    SETUP = "something is not set up"
+    BUG = "ours"
+
+
+CODES = {
+    Trouble.REPEAT: {1205, 1213, 1020, 1180, 3101, 3572},
+    Trouble.RECONNECT: {0, 2002, 2003, 2006, 2013, 2055, 1053, 1079, 1152, 1158, 1159, 1160,
+                        1161, 1184, 1317, 1927, 4031},
+    Trouble.READ_ONLY: {1290, 1792, 1836, 3032, 1047},
+    Trouble.CROWDED: {1040, 1203, 1226},
+    Trouble.FULL: {1021, 1114, 1037, 1038, 1041, 3675},
+    Trouble.ROW: {1062, 1153, 1264, 1265, 1366, 1406, 3140, 3819, 4025},
+    Trouble.SETUP: {1044, 1045, 1049, 1142, 1143, 1146, 1698, 2026, 2059, 3159},
+}
+TROUBLE_OF = {code: trouble for trouble, codes in CODES.items() for code in codes}
+BINLOG_NEEDS_REPEATABLE_READ = 1665
+LONGEST_PAUSE_S = 3.0
+
+
+class RowRefused(Exception):
+    """The server will never take this data as it is: `code` and `text` say why."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(f"{text} ({code})")
+        self.code, self.text = code, text
+
+
+class Unreachable(Problem):
+    """The server stayed away for longer than the caller's patience."""
+
+    def __init__(self, what: str, hint: str = "") -> None:
+        super().__init__(what, hint, UNAVAILABLE)
+        self.sent = False  # whether the transaction may have been carried out
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a caller bears with a server that is away."""
+
+    patience_s: float
+    timeout_s: float  # of one answer
+    say: Callable[[str], None]
+    say_after_s: float = 1.0
+    give_up: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+
+def _whisper(text: str) -> None:
+    print(f"queuectl: {text}", file=sys.stderr, flush=True)
+
+
+READING = Policy(patience_s=2, timeout_s=30, say=_whisper)
+WRITING = Policy(patience_s=10, timeout_s=10, say=_whisper)
+
+
+class RefuseClearText:
+    """Answers a server that asks for the password in clear text: with nothing."""
+
+    def __init__(self, connection: object) -> None:
+        self._connection = connection
+
+    def authenticate(self, packet: object) -> NoReturn:
+        raise Problem("the server asked for the password in clear text; it was not sent",
+                      "give the account caching_sha2_password or mysql_native_password",
+                      UNAVAILABLE)
+
+
+class Database:
+    """One connection to the queue's database, made when first needed and again when lost."""
+
+    def __init__(self, target: Target, policy: Policy, bare: bool = False) -> None:
+        self.target, self.policy = target, policy
+        self.bare = bare  # connect without naming a database, before there is one
+        self.packet_bytes = 1 << 20
+        self.version = ""
+        self.read_committed = True
+        self._connection: Connection | None = None
+        self._tls: ssl.SSLContext | None = None
+        self._skip_locked: bool | None = None
+        self._away_since: float | None = None
+        self._said_away = False
+
+    def transact(self, work: Callable[[Cursor], T],
+                 verify: Callable[[Cursor], T | None] | None = None) -> T:
+        """Do `work` in one transaction, the whole of it again where that is right.
+
+        A COMMIT whose answer was lost is settled first by `verify`, which looks with
+        locking reads: its value if the transaction was carried out, None if not. Raises
+        RowRefused, Unreachable (`sent` says whether it may have been carried out) and
+        other Problems.
+        """
+        return self._insist(lambda cursor: self._in_transaction(cursor, work), verify)
+
+    def read(self, work: Callable[[Cursor], T]) -> T:
+        """Do `work`, which changes nothing or one thing by one statement."""
+        return self._insist(work, None)
+
+    def close(self) -> None:
+        connection, self._connection = self._connection, None
+        self._skip_locked = None
+        if connection:
+            with contextlib.suppress(_driver().MySQLError, OSError):
+                connection.close()
+
+    def skip_locked(self, cursor: Cursor) -> bool:
+        """Whether SKIP LOCKED is understood here and locks anything; probed once."""
+        if self._skip_locked is None:
+            try:
+                cursor.execute("SELECT 1 FROM queues LIMIT 1 FOR UPDATE SKIP LOCKED")
+                self._skip_locked = "TiDB" not in self.version
+            except _driver().ProgrammingError:
+                self._skip_locked = False
+        return self._skip_locked
+
+    @staticmethod
+    def _in_transaction(cursor: Cursor, work: Callable[[Cursor], T]) -> T:
+        cursor.execute("BEGIN")
+        result = work(cursor)
+        try:
+            cursor.execute("COMMIT")
+        except _driver().MySQLError as error:
+            error.at_commit = True  # type: ignore[attr-defined]
+            raise
+        return result
+
+    def _insist(self, work: Callable[[Cursor], T],
+                verify: Callable[[Cursor], T | None] | None) -> T:
+        started, tries, unsure, sent = time.monotonic(), 0, False, False
+        while True:
+            try:
+                cursor = self._cursor()
+                if unsure and verify:
+                    found = self._in_transaction(cursor, verify)
+                    if found is not None:
+                        return found
+                    unsure = False
+                sent = True
+                result = work(cursor)
+                self._came_back()
+                return result
+            except _driver().MySQLError as error:
+                trouble, code = diagnose(error)
+                self._recover(trouble, code)
+                if trouble is Trouble.ROW:
+                    raise RowRefused(code, str(error.args[-1])) from None
+                unsure = unsure or (trouble is Trouble.RECONNECT
+                                    and hasattr(error, "at_commit"))
+                tries += 1
+                self._bear(trouble, error, started, tries, sent)
+
+    def _recover(self, trouble: Trouble, code: int) -> None:
+        """Leave no half-open transaction behind."""
+        if code == BINLOG_NEEDS_REPEATABLE_READ and self.read_committed:
+            self.read_committed = False
+            self.policy.say("the server's binlog_format is STATEMENT: claims wait for each "
+                            "other; set it to ROW or MIXED")
+        if trouble in (Trouble.REPEAT, Trouble.ROW) and self._connection:
+            try:
+                self._connection.rollback()
+                return
+            except _driver().MySQLError:
+                pass  # the connection died too: it is thrown away below
+        self.close()
+
+    def _bear(self, trouble: Trouble, error: Exception, started: float,
+              tries: int, sent: bool) -> None:
+        """Pause before the next try, or raise what a person should read."""
+        if trouble is Trouble.BUG:
+            raise error
+        problem = explain_error(self.target, error)
+        problem.sent = sent
+        hopeless = trouble is Trouble.SETUP or (
+            self.target.source in ("default", PRIVATE_FOLDER) and _refused(error))
+        forever = math.isinf(self.policy.patience_s)
+        waited = time.monotonic() - started
+        if (hopeless and not forever) or self.policy.give_up.is_set():
+            raise problem
+        longest = 0.5 if trouble is Trouble.REPEAT else LONGEST_PAUSE_S
+        pause = min(longest, 0.01 * 2 ** min(tries, 12)) * random.uniform(0.5, 1)
+        if trouble is Trouble.CROWDED:
+            pause += 0.2
+        if waited + pause > self.policy.patience_s:
+            raise problem
+        if trouble is not Trouble.REPEAT:
+            self._went_away(problem)
+        self.policy.give_up.wait(pause)
+
+    def _went_away(self, problem: Problem) -> None:
+        now = time.monotonic()
+        if self._away_since is None:
+            self._away_since = now
+        if not self._said_away and now - self._away_since >= self.policy.say_after_s:
+            self._said_away = True
+            self.policy.say(f"{problem.what}; trying again")
+
+    def _came_back(self) -> None:
+        if self._away_since is not None:
+            if self._said_away:
+                gone = say_duration(time.monotonic() - self._away_since)
+                self.policy.say(f"the database is back after {gone}")
+            self._away_since, self._said_away = None, False
+
+    def _cursor(self) -> Cursor:
+        if self._connection is None:
+            self._connection = self._connect()
+        return self._connection.cursor()
+
+    def _connect(self) -> Connection:
+        """The first host that answers and takes writes; with one host, that one."""
+        hosts: Sequence[tuple[str, int]] = self.target.hosts or (("localhost", 0),)
+        failure: Exception | None = None
+        for host, port in hosts:
+            connection = None
+            try:
+                connection = self._open(host, port)
+                if self._prepare(connection.cursor()) or len(hosts) == 1:
+                    setattr(connection, "_read_timeout", self.policy.timeout_s)
+                    return connection
+                failure = failure or _driver().OperationalError(
+                    1290, f"{host}:{port} takes no writes")
+            except _driver().MySQLError as error:
+                failure = error
+            except RuntimeError as error:  # caching_sha2_password without TLS says so
+                failure = _driver().OperationalError(2059, str(error))
+            except (OSError, ValueError, IndexError) as error:  # not a MySQL's greeting
+                failure = _driver().OperationalError(2013, f"{type(error).__name__}: {error}")
+            if connection:
+                with contextlib.suppress(_driver().MySQLError, OSError):
+                    connection.close()
+        raise failure or AssertionError("no host")
+
+    def _open(self, host: str, port: int) -> Connection:
+        connect, mode = _driver().connect, self.target.ssl_mode
+        patience = max(1.0, min(5.0, self.policy.patience_s, self.policy.timeout_s))
+        options: dict[str, object] = {
+            "user": self.target.user, "password": self.target.password.encode(),
+            "database": None if self.bare else self.target.database, "charset": "utf8mb4",
+            "autocommit": True, "connect_timeout": patience, "read_timeout": patience,
+            "write_timeout": self.policy.timeout_s, "client_flag": _FOUND_ROWS,
+            "auth_plugin_map": {"mysql_clear_password": RefuseClearText,
+                                "dialog": RefuseClearText},
+        }
+        if self.target.socket:
+            return connect(**options, unix_socket=self.target.socket,  # type: ignore
+                           ssl_disabled=True)
+        options.update(host=host, port=port)
+        if mode == "disabled":
+            return connect(**options, ssl_disabled=True)  # type: ignore[arg-type]
+        try:
+            connection = connect(**options, ssl=self._context())  # type: ignore[arg-type]
+        except _driver().OperationalError as error:
+            if mode != "preferred" or error.args[0] != 2026:
+                raise
+            return connect(**options, ssl_disabled=True)  # type: ignore[arg-type]
+        if mode != "preferred" and not hasattr(getattr(connection, "_sock"), "cipher"):
+            connection.close()
+            raise _driver().OperationalError(2026, "the server does not offer TLS")
+        return connection
+
+    def _context(self) -> ssl.SSLContext:
+        """One TLS context for all connections: loading authorities costs 20 ms."""
+        import ssl
+
+        if self._tls is None:
+            self._tls = context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname = self.target.ssl_mode == "verify_identity"
+            if self.target.ssl_mode in ("verify_ca", "verify_identity"):
+                try:
+                    context.load_verify_locations(self.target.ssl_ca or None,
+                                                  cadata=None if self.target.ssl_ca else "")
+                    if not self.target.ssl_ca:
+                        context.load_default_certs()
+                except (OSError, ValueError) as error:
+                    raise Problem(f"DB_SSL_CA: cannot use {self.target.ssl_ca}: {error}",
+                                  status=UNAVAILABLE) from None
+            else:
+                context.verify_mode = ssl.CERT_NONE
+        return self._tls
+
+    def _prepare(self, cursor: Cursor) -> bool:
+        """Set up the session; whether this server takes writes."""
+        lock_wait = max(1, min(10, int(self.policy.timeout_s) - 1))
+        cursor.execute("SET SESSION sql_mode = 'STRICT_ALL_TABLES', time_zone = '+00:00', "
+                       f"innodb_lock_wait_timeout = {lock_wait}")
+        level = "READ COMMITTED" if self.read_committed else "REPEATABLE READ"
+        cursor.execute(f"SET SESSION TRANSACTION ISOLATION LEVEL {level}")
+        cursor.execute("SELECT VERSION(), @@max_allowed_packet, @@read_only")
+        row = cursor.fetchone()
+        assert row
+        self.version, self.packet_bytes = str(row[0]), int(row[1])
+        if not self.bare:
+            cursor.execute("SELECT value FROM config WHERE `key` = 'schema_version'")
+            check_schema(cursor.fetchone(), self.target.database)
+        return not row[2]
+
+
+_FOUND_ROWS = 2  # an UPDATE counts the rows it matched, changed or not
+
+
+class _Driver:
+    """PyMySQL's names that this room uses, loaded when first needed (40 to 70 ms)."""
+
+    def __init__(self) -> None:
+        try:
+            import pymysql
+        except ImportError as error:
+            raise Problem(
+                f"PyMySQL is missing for {sys.executable} ({error})",
+                "install it: apt install python3-pymysql, or: python3 -m pip install PyMySQL",
+                UNAVAILABLE) from None
+        self.version = ".".join(str(part) for part in pymysql.VERSION[:3])
+        self.connect = pymysql.connect
+        self.MySQLError = pymysql.err.MySQLError
+        self.OperationalError = pymysql.err.OperationalError
+        self.ProgrammingError = pymysql.err.ProgrammingError
+
+
+_loaded: list[_Driver] = []
+
+
+def _driver() -> _Driver:
+    if not _loaded:
+        _loaded.append(_Driver())
+    return _loaded[0]
+
+
+def driver_version() -> str:
+    """PyMySQL's version, or `missing`."""
+    try:
+        return _driver().version
+    except Problem:
+        return "missing"
+
+
+def diagnose(error: Exception) -> tuple[Trouble, int]:
+    """The class of a PyMySQL error, and its code."""
+    code = error.args[0] if error.args and isinstance(error.args[0], int) else -1
+    if code == BINLOG_NEEDS_REPEATABLE_READ:
+        return Trouble.RECONNECT, code
+    if code == -1 and "Packet sequence" in str(error):
+        return Trouble.RECONNECT, code
+    return TROUBLE_OF.get(code, Trouble.BUG), code
+
+
+def _refused(error: Exception) -> bool:
+    origin = getattr(error, "original_exception", None)
+    return isinstance(origin, (ConnectionRefusedError, FileNotFoundError))
+
+
+def explain_error(target: Target, error: Exception) -> Unreachable:
+    """What a person should read about a connection or set-up error; no password in it."""
+    code = diagnose(error)[1]
+    text = str(error.args[-1]) if error.args else type(error).__name__
+    account = f"{target.user!r} (from {target.account_source})"
+    place = f"{target} (from {target.source})"
+    if code in (1045, 1698):
+        return Unreachable(f"the server refused the account {account} for {place}: {text}",
+                           "check DB_USER and DB_PASSWORD")
+    if code in (1049, 1146):
+        return Unreachable(f"the queue's tables are missing in {place}: {text}",
+                           "run: queuectl db init")
+    if code in (1044, 1142, 1143):
+        return Unreachable(f"the account {account} lacks a right in {place}: {text}",
+                           "grant it, or use another account")
+    if code in (2026, 2059, 3159):
+        return Unreachable(f"no secure connection to {place}: {text}",
+                           "check DB_SSL_MODE and DB_SSL_CA")
+    if _refused(error) and target.source == PRIVATE_FOLDER:
+        return Unreachable(f"the private server of {place} is stopped",
+                           "run: queuectl db start")
+    if _refused(error) and target.source == "default":
+        return Unreachable(
+            f"no database is configured, and no server answers at {place}; looked in the "
+            "environment (DB_HOST, DB_SOCKET), ./.env, .env beside the script and "
+            f"./{PRIVATE_FOLDER}",
+            "set DB_HOST, DB_USER and DB_PASSWORD, or start a private server: "
+            "queuectl db start")
+    return Unreachable(f"cannot reach the database {place}: {text}",
+                       "check that the server runs, and DB_HOST, DB_PORT and DB_SOCKET")
+
+
+def check_schema(row: Row | None, database: str) -> None:
+    """Refuse tables that this program does not know."""
+    words = str(row[0]).split("/") if row else []
+    if len(words) != 2 or not all(word.isdigit() for word in words):
+        raise Problem(f"the database {database} has a config table without queuectl's "
+                      "schema version: it is not a queue",
+                      "name another database in DB_NAME", UNAVAILABLE)
+    version, oldest_writer = int(words[0]), int(words[1])
+    if oldest_writer > SCHEMA_VERSION:
+        raise Problem(f"the tables in {database} are of schema {version}, newer than this "
+                      f"program ({VERSION}, schema {SCHEMA_VERSION})",
+                      "install the newer queuectl.py on this host", UNAVAILABLE)
+    if version < SCHEMA_VERSION:
+        raise Problem(f"the tables in {database} are of schema {version}, older than this "
+                      f"program needs ({SCHEMA_VERSION})", "run: queuectl db init", UNAVAILABLE)
+
+
+def insert_rows(cursor: Cursor, packet_bytes: int, head: str,
+                rows: Iterable[tuple[str, Sequence[object]]], tail: str = "") -> None:
+    """INSERT `rows`, each (template, arguments), in statements of a quarter packet at most."""
+    limit, parts, size = packet_bytes // 4, [], 0
+    for template, arguments in rows:
+        part = cursor.mogrify(template, tuple(arguments))
+        length = 4 * len(part) if not part.isascii() else len(part)
+        if parts and (size + length > limit or len(parts) >= 1000):
+            cursor.execute(f"{head} {', '.join(parts)} {tail}")
+            parts, size = [], 0
+        parts.append(part)
+        size += length + 2
+    if parts:
+        cursor.execute(f"{head} {', '.join(parts)} {tail}")
+
+
+def init_database(target: Target) -> str:
+    """Create the database and its tables where they are missing; what was done, in words.
+
+    Refused, with nothing changed: tables newer than this program, and a `jobs` table
+    that is not ours. Two at once wait for each other by a named lock.
+    """
+    database = Database(target, WRITING, bare=True)
+    name = quote_name(target.database)
+    lock = f"queuectl:{target.database}"[:64]
+
+    def work(cursor: Cursor) -> str:
+        cursor.execute("SELECT COUNT(*) FROM information_schema.schemata "
+                       "WHERE schema_name = %s", (target.database,))
+        if not _single(cursor):
+            cursor.execute(f"CREATE DATABASE IF NOT EXISTS {name} DEFAULT CHARACTER SET "
+                           "utf8mb4 COLLATE utf8mb4_bin")
+        cursor.execute(f"USE {name}")
+        cursor.execute("SELECT GET_LOCK(%s, 10)", (lock,))
+        if not _single(cursor):
+            raise Problem("another queuectl db init is at work", "try again in a moment")
+        found = _existing_version(cursor, target.database)
+        for statement in schema_statements():
+            cursor.execute(statement)
+        cursor.execute("SELECT RELEASE_LOCK(%s)", (lock,))
+        done = "is there already" if found else "created"
+        return f"schema {SCHEMA_VERSION} {done} in {target}"
+
+    try:
+        return database.read(work)
+    finally:
+        database.close()
+
+
+def _existing_version(cursor: Cursor, database: str) -> bool:
+    cursor.execute("SELECT table_name FROM information_schema.tables WHERE table_schema = %s "
+                   "AND table_name IN ('jobs', 'config')", (database,))
+    tables = {str(row[0]) for row in cursor.fetchall()}
+    if "config" in tables:
+        cursor.execute("SELECT value FROM config WHERE `key` = 'schema_version'")
+        check_schema(cursor.fetchone(), database)
+        return True
+    if "jobs" in tables:
+        raise Problem(f"the database {database} has a jobs table that is not queuectl's; "
+                      "nothing was changed", "name another database in DB_NAME", UNAVAILABLE)
+    return False
+
+
+def _single(cursor: Cursor) -> object:
+    """The one value of a one-row answer."""
+    row = cursor.fetchone()
+    return row[0] if row else None
+
+
+# ---- enqueueing --------------------------------------------------------------
+#
+# What a job may say, and its way into the table. Everything is checked and spooled
+# before the first INSERT: a bad line refuses the whole input, and a pipe cannot be
+# read again. The id is made before the INSERT, so that a repeat is recognised.
+
+COMMAND_BYTES_MAX = 131000  # the kernel takes 131,071 bytes in one argument
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]*")
+
+
+def _named(limit: int) -> Kind[str]:
+    def convert(text: str) -> str:
+        if not NAME.fullmatch(text) or len(text) > limit:
+            raise ValueError(text)
+        return text
+    return Kind(convert, f"1 to {limit} letters, digits and ._:@+-, "
+                         "the first a letter or digit")
+
+
+def _plain_text(limit: int) -> Callable[[str], str]:
+    def convert(text: str) -> str:
+        if not text.strip() or "\0" in text or len(text.encode()) > limit:
+            raise ValueError(text)
+        return text
+    return convert
+
+
+def _read_time(text: str) -> str:
+    """UTC, as the database writes it, from ISO 8601 with a zone."""
+    moment = datetime.datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", text))
+    if moment.tzinfo is None:
+        raise Problem(
+            f"run_at: {excerpt(text)} has no time zone",
+            f"say {text}Z for UTC, or {moment.astimezone().isoformat()} for this host's "
+            "time", USAGE)
+    return moment.astimezone(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f")
+
+
+def _read_env(text: str) -> str:
+    """Canonical JSON of an object of strings."""
+    found = json.loads(text)
+    for name, value in found.items() if isinstance(found, dict) else [("", None)]:
+        if not isinstance(value, str) or not name or "=" in name or "\0" in name + value:
+            raise ValueError(text)
+        (name + value).encode()
+    return json.dumps(found, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def _read_code_list(text: str) -> str:
+    return ",".join(str(code) for code in sorted(read_codes(text.strip("[]"))))
+
+
+QUEUE_NAME, JOB_ID = _named(64), _named(128)
+
+
+class Key(NamedTuple):
+    """One key of a job: how it is read, its help, and the option's placeholder."""
+
+    kind: Kind[object]
+    help: str
+    metavar: str
+
+
+def _key(kind: Kind[T], help_text: str, metavar: str) -> Key:
+    return Key(kind, help_text, metavar)  # type: ignore[arg-type]
+
+
+JOB_KEYS = {
+    "id": _key(JOB_ID, "its name; made when not given", "ID"),
+    "command": _key(
+        Kind(_plain_text(COMMAND_BYTES_MAX),
+             f"a command of 1 to {COMMAND_BYTES_MAX} bytes of UTF-8 without NUL"),
+        "what /bin/sh -c runs", "CMD"),
+    "max_retries": _key(whole(0, 1000), "retries after the first run", "N"),
+    "priority": _key(whole(-1000000, 1000000), "higher runs first", "N"),
+    "queue": _key(QUEUE_NAME, "the line it waits in", "NAME"),
+    "delay": _key(duration(), "not before this much time has passed", "D"),
+    "run_at": _key(Kind(_read_time, "a time such as 2026-11-24T10:00:00Z"),
+                   "not before this time", "TIME"),
+    "timeout": _key(duration(), "time limit of a run; 0: none", "D"),
+    "cwd": _key(Kind(_plain_text(4096), "a path without NUL"),
+                "directory it runs in", "DIR"),
+    "env": _key(Kind(_read_env, "an object of strings", (dict,)),
+                "variable to add to its environment (repeatable)", "NAME=VALUE"),
+    "backoff_base": _key(number(1, 1000), "its own backoff_base", "X"),
+    "permanent_exit_codes": _key(
+        Kind(_read_code_list, EXIT_CODES.expects, (list, str)),
+        "exit codes after which it is not retried", "CODES"),
+    "on_lost": _key(choice("retry", "dead"), "if its worker is lost: retry or dead", "WHAT"),
+}
+# How a key's value is written into the row; the others go in as they are.
+EXPRESSIONS = {"delay": "UTC_TIMESTAMP(6) + INTERVAL %s MICROSECOND"}
+Job_Values = Mapping[str, object]
+
+
+def new_id() -> str:
+    """A time-ordered UUID (version 7, RFC 9562): its index pages fill in order."""
+    moment = time.time_ns() // 1_000_000
+    value = (moment << 80) | int.from_bytes(os.urandom(10), "big")
+    value = value & ~(0xF << 76) | (7 << 76)
+    return str(uuid.UUID(int=value & ~(3 << 62) | (2 << 62)))
+
+
+def check_job(document: object, defaults: Job_Values) -> dict[str, object]:
+    """The checked values of a JSON job, `defaults` filling what it leaves out."""
+    if not isinstance(document, dict):
+        raise Problem(f"a job is a JSON object, not {excerpt(document)}", status=USAGE)
+    values: dict[str, object] = {}
+    for name, value in document.items():
+        if name not in JOB_KEYS:
+            raise Problem(f"unknown key {excerpt(name)}",
+                          nearest(name, JOB_KEYS) or f"keys: {' '.join(JOB_KEYS)}", USAGE)
+        values[name] = JOB_KEYS[name].kind.read_json(value, name)
+    return complete_job(values, defaults)
+
+
+def complete_job(values: dict[str, object], defaults: Job_Values) -> dict[str, object]:
+    """`values` with `defaults`, an id and an absolute directory."""
+    timed = "delay" in values or "run_at" in values
+    for name, value in defaults.items():
+        if not (timed and name in ("delay", "run_at")):
+            values.setdefault(name, value)
+    if "command" not in values:
+        raise Problem("command: missing", 'say {"command": "…"}', USAGE)
+    if "delay" in values and "run_at" in values:
+        raise Problem("delay and run_at: only one of them can be given", status=USAGE)
+    values.setdefault("id", new_id())
+    if "cwd" in values:
+        values["cwd"] = os.path.abspath(str(values["cwd"]))
+    if not values.get("delay", 1):
+        del values["delay"]
+    if "delay" in values or "run_at" in values:
+        values["state"] = State.SCHEDULED
+    return values
+
+
+class Spool:
+    """Checked jobs on disk: a million of them take no memory."""
+
+    def __init__(self) -> None:
+        self._file: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")
+        self._count = 0
+        self.columns: list[str] = []
+        self.first_id = ""
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[dict[str, object]]:
+        self._file.seek(0)
+        for line in self._file:
+            yield json.loads(line)
+
+    def add(self, values: dict[str, object]) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self.columns += [name for name in values if name not in self.columns]
+        self.first_id = self.first_id or str(values["id"])
+        self._count += 1
+
+
+def parse_json(text: str) -> object:
+    def no_constant(word: str) -> NoReturn:
+        raise ValueError(f"{word} is not JSON")
+
+    def no_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key stands twice")
+        return found
+
+    try:
+        document: object = json.loads(text, parse_constant=no_constant,
+                                      object_pairs_hook=no_repeats)
+        return document
+    except (ValueError, RecursionError) as error:
+        raise Problem(f"not JSON: {excerpt(str(error), 200)}",
+                      """quote it for the shell: enqueue '{"command":"echo hello"}'""",
+                      USAGE) from None
+
+
+def spool_lines(file: Iterable[bytes], as_json: bool, defaults: Job_Values) -> Spool:
+    """Every line of `file` as a job; a bad one is named by its number."""
+    spool = Spool()
+    kind = JOB_KEYS["command"].kind
+    for position, raw in enumerate(file, 1):
+        if not raw.strip():
+            continue
+        try:
+            line = raw.decode("utf-8-sig" if position == 1 else "utf-8").rstrip("\r\n")
+            spool.add(check_job(parse_json(line), defaults) if as_json
+                      else complete_job({"command": kind.read(line, "command")}, defaults))
+        except UnicodeDecodeError:
+            raise Problem(f"line {position}: not UTF-8; nothing was enqueued",
+                          status=USAGE) from None
+        except Problem as problem:
+            raise Problem(f"line {position}: {problem.what}; nothing was enqueued",
+                          problem.hint, USAGE) from None
+    return spool
+
+
+def enqueue(database: Database, spool: Spool, if_absent: bool) -> None:
+    """Commit all jobs of the spool, or none. With `if_absent`, ids in use are passed over."""
+    batch = secrets.token_hex(8)
+    columns = ["next_run_at" if name in ("delay", "run_at") else name
+               for name in spool.columns]
+    columns = list(dict.fromkeys(columns))
+    head = f"INSERT INTO jobs ({', '.join(columns)}, batch) VALUES"
+    tail = "ON DUPLICATE KEY UPDATE seq = jobs.seq" if if_absent else ""
+
+    def work(cursor: Cursor) -> bool:
+        rows = (_as_row(values, columns, batch) for values in spool)
+        insert_rows(cursor, database.packet_bytes, head, rows, tail)
+        return True
+
+    def verify(cursor: Cursor) -> bool | None:
+        cursor.execute("SELECT seq FROM jobs WHERE id = %s AND batch = %s FOR UPDATE",
+                       (spool.first_id, batch))
+        return True if cursor.fetchone() else None
+
+    try:
+        database.transact(work, None if if_absent else verify)
+    except Unreachable as problem:
+        if problem.sent:
+            also = f" and {len(spool) - 1} more" if len(spool) > 1 else ""
+            problem.hint = (f"unknown whether accepted: id {spool.first_id}{also}; "
+                            "repeat with --if-absent")
+        raise
+    except RowRefused as refused:
+        raise _explain_refusal(database, refused) from None
+
+
+def _as_row(values: Job_Values, columns: Sequence[str],
+            batch: str) -> tuple[str, list[object]]:
+    """The VALUES template of one job, and its arguments; what it leaves out is DEFAULT."""
+    parts, arguments = [], []
+    for column in columns:
+        names = ("delay", "run_at") if column == "next_run_at" else (column,)
+        name = next((one for one in names if one in values), None)
+        if name is None:
+            parts.append("DEFAULT")
+            continue
+        parts.append(EXPRESSIONS.get(name, "%s"))
+        value = values[name]
+        arguments.append(round(float(str(value)) * 1e6) if name == "delay" else value)
+    return f"({', '.join(parts)}, %s)", [*arguments, batch]
+
+
+def _explain_refusal(database: Database, refused: RowRefused) -> Problem:
+    taken = re.search(r"Duplicate entry '(.*)' for key", refused.text)
+    if refused.code != 1062 or not taken:
+        return Problem(f"the server refused a job: {refused.text}; nothing was enqueued",
+                       status=USAGE)
+
+    def state_of(cursor: Cursor) -> str:
+        cursor.execute("SELECT state FROM jobs WHERE id = %s", (taken[1],))
+        row = cursor.fetchone()
+        return f"a {row[0]} job has it" if row else "it stands twice in the input"
+
+    return Problem(f"id {taken[1]} is taken: {database.read(state_of)}; nothing was enqueued",
+                   "with --if-absent an id in use is passed over")
+
+
+# ---- claiming ----------------------------------------------------------------
+#
+# One turn of a worker is one transaction, always in this lock order: beat; settle what
+# ended; dead letters; promote what is due; claim. Every UPDATE of a job names the state
+# it leaves and, for a run, its token, so a worker that lost a run changes nothing. A
+# process starts only for rows that carry the new token after COMMIT: that holds even
+# where SKIP LOCKED locks nothing. SKIP LOCKED is for speed.
+
+HISTORY_KEPT = 20
+PROMOTED_AT_ONCE = 500
+DETAIL_MAX, LAST_LINE_MAX = 1024, 255
+HELD_COLUMNS = """seq, id, token, runs, attempts, attempts_max, max_retries, losses,
+       backoff_base, permanent_exit_codes, on_lost, cancel_requested_at IS NOT NULL,
+       worker, started_at"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A claimed job: what to run, and how."""
+
+    held: Held
+    command: str
+    queue: str
+    cwd: str | None
+    env: str | None
+    timeout_s: float
+    timeout_name: str  # which setting gave the time limit
+
+
+@dataclass(frozen=True)
+class Flush:
+    """Output so far of a run that goes on."""
+
+    held: Held
+    output: bytes
+    output_bytes: int
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a worker wants of one turn."""
+
+    ended: Sequence[tuple[Held, End]] = ()
+    flushes: Sequence[Flush] = ()
+    running: Collection[tuple[int, str]] = ()  # (seq, token) of the runs that go on
+    free: int = 0
+    look: bool = False  # promote, find queues, read cancellations and settings
+    judge: bool = False  # and look after the other workers
+    drain: bool = False
+    state: str = "running"
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a worker sees when it looks around."""
+
+    cancelled: frozenset[tuple[int, str]]
+    config: Mapping[str, str]
+    drained: bool
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What came of a turn."""
+
+    alive: bool = True  # False: we were declared lost, and nothing else was done
+    jobs: Sequence[Job] = ()
+    look: Look | None = None
+    due_s: float = math.inf  # until the next delayed or failed job is due
+    notes: Sequence[str] = ()  # for the log
+
+
+@dataclass(frozen=True)
+class Identity:
+    """One worker process, as its row describes it."""
+
+    id: str
+    host: str
+    pid: int
+    supervisor: int
+    process: str  # boot, PID namespace and start time: see process_identity
+    slots: int
+    queues: tuple[str, ...]  # none: all
+
+
+class Change(NamedTuple):
+    """One ended run and what it makes of its job: a row of the plan."""
+
+    held: Held
+    end: End
+    verdict: Verdict
+
+
+def held_from(row: Row, settings: Settings) -> Held:
+    """A row of HELD_COLUMNS, its NULLs filled from the settings."""
+    (seq, job_id, token, run, attempts, allowed, retries, losses, base, codes, on_lost,
+     cancel, worker, started_at) = row
+    retries = settings.max_retries if retries is None else retries
+    permanent = settings.permanent_exit_codes
+    if codes is not None:
+        with contextlib.suppress(ValueError):
+            permanent = read_codes(str(codes))
+    return Held(
+        int(str(seq)), str(job_id), str(token), int(str(run)), int(str(attempts)),
+        int(str(retries)) + 1 if allowed is None else int(str(allowed)), int(str(losses)),
+        settings.backoff_base if base is None else max(1.0, float(str(base))), permanent,
+        settings.on_lost if on_lost is None else str(on_lost), bool(cancel), str(worker),
+        started_at)
+
+
+def placeholders(values: Collection[object]) -> str:
+    return ", ".join(["%s"] * len(values))
+
+
+class Desk:
+    """A worker's dealings with the queue: each method is one transaction or one look."""
+
+    def __init__(self, database: Database, me: Identity, use_skip_locked: bool) -> None:
+        self.database, self.me = database, me
+        self.settings = Settings()
+        self._use_skip_locked = use_skip_locked
+        self._queues: list[str] = list(me.queues)
+        self._marked: list[int] = []
+        self._judge = Judge()
+
+    # -- one turn
+
+    def turn(self, ask: Ask) -> Turn:
+        """Settle what ended, claim up to `free` jobs, and look around where asked."""
+        token = secrets.token_hex(8)
+        try:
+            alive, due_s = self.database.transact(
+                lambda cursor: self._turn(cursor, ask, token),
+                lambda cursor: self._look_back(cursor, ask, token))
+        except RowRefused as refused:
+            return self._turn_without(ask, refused)
+        if not alive:
+            return Turn(alive=False)
+        jobs = self.database.read(lambda cursor: self._read_claimed(cursor, token))
+        look = None
+        if ask.look:
+            look = self.database.read(lambda cursor: self._look(cursor, ask, token))
+        notes = self._look_after_others() if ask.judge else []
+        return Turn(True, jobs, look, due_s, notes)
+
+    def _turn(self, cursor: Cursor, ask: Ask, token: str) -> tuple[bool, float]:
+        self._marked = []
+        cursor.execute(
+            """
+            UPDATE workers
+               SET beat = beat + 1, heartbeat_at = UTC_TIMESTAMP(6), busy = %s,
+                   state = %s, lease = %s
+             WHERE id = %s AND lost_at IS NULL
+            """, (len(ask.running), ask.state, self.settings.lease_s, self.me.id))
+        if not cursor.rowcount:
+            return False, math.inf
+        changes = self._settle(cursor, ask.ended)
+        if ask.flushes:
+            self._flush(cursor, ask.flushes)
+        due_s = min((change.verdict.wait_s for change in changes
+                     if MOVES[change.verdict.move].to is State.FAILED), default=math.inf)
+        if ask.look:
+            due_s = self._promote(cursor)
+        if ask.free:
+            self._claim(cursor, ask, token)
+        return True, due_s
+
+    def _look_back(self, cursor: Cursor, ask: Ask, token: str) -> tuple[bool, float] | None:
+        """Whether a turn whose COMMIT was not answered was carried out.
+
+        Locking reads: a plain one was seen to miss a commit that came half a second later.
+        """
+        ended = {held.seq: held.token for held, _ in ask.ended}
+        seqs = sorted({*self._marked, *ended})
+        if not seqs:
+            return True, 0.0
+        cursor.execute(
+            f"""
+            SELECT seq, token FROM jobs FORCE INDEX (PRIMARY)
+             WHERE seq IN ({placeholders(seqs)}) FOR UPDATE
+            """, seqs)
+        found = {int(row[0]): row[1] for row in cursor.fetchall()}
+        ours = any(found.get(seq) == token for seq in self._marked)
+        settled = any(found.get(seq) != held for seq, held in ended.items())
+        return (True, 0.0) if ours or settled else None
+
+    def _turn_without(self, ask: Ask, refused: RowRefused) -> Turn:
+        """One bad row never blocks the rest: settle one by one, the guilty without output."""
+        notes = [f"a result was refused by the database: {refused}"]
+        for held, end in ask.ended:
+            try:
+                self._settle_alone(held, end)
+            except RowRefused as error:
+                detail = f"{end.detail}; output not stored: {error}".lstrip("; ")
+                self._settle_alone(held, dataclasses.replace(
+                    end, output=b"", detail=detail.encode("ascii", "replace").decode()))
+                notes.append(f"job {held.id}: its output could not be stored: {error}")
+        return dataclasses.replace(
+            self.turn(dataclasses.replace(ask, ended=(), flushes=())), notes=notes)
+
+    def _settle_alone(self, held: Held, end: End) -> None:
+        self.database.transact(lambda cursor: len(self._settle(cursor, [(held, end)])))
+
+    # -- settle
+
+    def _settle(self, cursor: Cursor, ended: Sequence[tuple[Held, End]]) -> list[Change]:
+        """Settle the runs that are still ours; the others are left alone."""
+        if not ended:
+            return []
+        seqs = [held.seq for held, _ in ended]
+        cursor.execute(
+            f"""
+            SELECT seq, token, cancel_requested_at IS NOT NULL
+              FROM jobs FORCE INDEX (PRIMARY)
+             WHERE seq IN ({placeholders(seqs)}) AND state = 'processing'
+             ORDER BY seq FOR UPDATE
+            """, seqs)
+        ours = {(int(row[0]), row[1]): bool(row[2]) for row in cursor.fetchall()}
+        changes = [
+            self._decide(dataclasses.replace(held, cancel_requested=ours[held.seq, held.token]),
+                         end)
+            for held, end in ended if (held.seq, held.token) in ours]
+        self._carry_out(cursor, changes)
+        return changes
+
+    def _decide(self, held: Held, end: End) -> Change:
+        verdict = judge(held, end, self.settings, random.random())
+        if held.cancel_requested:
+            end = dataclasses.replace(end, reason=Reason.CANCELLED)
+        return Change(held, end, verdict)
+
+    def _carry_out(self, cursor: Cursor, changes: Sequence[Change]) -> None:
+        """Write a plan: the jobs, their history, the dead letters. Rows alike share a statement."""
+        groups: dict[tuple[object, ...], list[Change]] = {}
+        for change in changes:
+            verdict, end = change.verdict, change.end
+            key = (verdict.move, round(verdict.wait_s * 1e6), verdict.losses, verdict.grant,
+                   end.exit_code, end.reason)
+            groups.setdefault(key, []).append(change)
+        for group in groups.values():
+            self._move_jobs(cursor, group)
+        self._write_history(cursor, changes)
+        insert_rows(
+            cursor, self.database.packet_bytes,
+            "INSERT INTO dlq (seq, id, exit_code, reason, last_line) VALUES",
+            [("(%s, %s, %s, %s, %s)", (change.held.seq, change.held.id, change.end.exit_code,
+                                       change.end.reason, last_line(change.end)))
+             for change in changes if MOVES[change.verdict.move].to is State.DEAD])
+
+    @staticmethod
+    def _move_jobs(cursor: Cursor, group: Sequence[Change]) -> None:
+        verdict, end = group[0].verdict, group[0].end
+        to = MOVES[verdict.move].to
+        timing = ""
+        if to in (State.PENDING, State.FAILED):
+            timing = "next_run_at = UTC_TIMESTAMP(6) + INTERVAL %(wait)s MICROSECOND,"
+        seqs = [change.held.seq for change in group]
+        durations = ", ".join("NULL" if change.end.duration_s is None
+                              else f"{change.end.duration_s:.6f}" for change in group)
+        cursor.execute(
+            f"""
+            UPDATE jobs FORCE INDEX (PRIMARY)
+               SET state = %(to)s, {timing}
+                   finished_at = UTC_TIMESTAMP(6),
+                   duration = ELT(FIELD(seq, {', '.join(map(str, seqs))}), {durations}),
+                   attempts = attempts - %(given_back)s,
+                   attempts_max = COALESCE(%(grant)s, attempts_max), losses = %(losses)s,
+                   exit_code = %(exit_code)s, reason = %(reason)s,
+                   token = NULL, cancel_requested_at = NULL
+             WHERE state = 'processing' AND seq IN %(seqs)s AND token IN %(tokens)s
+            """,
+            {"to": to, "wait": round(verdict.wait_s * 1e6), "grant": verdict.grant,
+             "losses": verdict.losses, "exit_code": end.exit_code, "reason": end.reason,
+             "given_back": int(verdict.move == "hand back"), "seqs": seqs,
+             "tokens": list({change.held.token for change in group})})
+
+    def _write_history(self, cursor: Cursor, changes: Sequence[Change]) -> None:
+        insert_rows(
+            cursor, self.database.packet_bytes,
+            """
+            INSERT INTO runs (job, run, attempt, worker, started_at, finished_at, duration,
+                              exit_code, reason, detail, output, output_bytes) VALUES
+            """,
+            [("(%s, %s, %s, %s, %s, UTC_TIMESTAMP(6), %s, %s, %s, %s, %s, %s)",
+              (held.seq, held.run, held.attempts, held.worker, held.started_at,
+               end.duration_s, end.exit_code, end.reason, end.detail[:DETAIL_MAX] or None,
+               end.output or None, end.output_bytes))
+             for held, end, _ in changes],
+            """
+            ON DUPLICATE KEY UPDATE finished_at = VALUES(finished_at),
+                duration = VALUES(duration), exit_code = VALUES(exit_code),
+                reason = VALUES(reason), detail = VALUES(detail),
+                output = COALESCE(VALUES(output), output),
+                output_bytes = GREATEST(VALUES(output_bytes), output_bytes)
+            """)
+        for held, _, _ in changes:
+            if held.run > HISTORY_KEPT:
+                cursor.execute("DELETE FROM runs WHERE job = %s AND run <= %s",
+                               (held.seq, held.run - HISTORY_KEPT))
+
+    def _flush(self, cursor: Cursor, flushes: Sequence[Flush]) -> None:
+        insert_rows(
+            cursor, self.database.packet_bytes,
+            "INSERT INTO runs (job, run, attempt, worker, started_at, output, output_bytes) "
+            "VALUES",
+            [("(%s, %s, %s, %s, %s, %s, %s)",
+              (one.held.seq, one.held.run, one.held.attempts, one.held.worker,
+               one.held.started_at, one.output, one.output_bytes)) for one in flushes],
+            "ON DUPLICATE KEY UPDATE output = VALUES(output), "
+            "output_bytes = VALUES(output_bytes)")
+
+    # -- promote and claim
+
+    def _promote(self, cursor: Cursor) -> float:
+        """Make due jobs pending; seconds until the next one is due (0: more are now)."""
+        due_s = math.inf
+        for state in (State.SCHEDULED, State.FAILED):
+            cursor.execute(
+                f"""
+                SELECT seq FROM jobs FORCE INDEX (jobs_due)
+                 WHERE state = %s AND next_run_at <= UTC_TIMESTAMP(6)
+                 ORDER BY next_run_at LIMIT {PROMOTED_AT_ONCE} FOR UPDATE{self._skip(cursor)}
+                """, (state,))
+            seqs = [int(row[0]) for row in cursor.fetchall()]
+            if seqs:
+                cursor.execute(
+                    f"""
+                    UPDATE jobs FORCE INDEX (PRIMARY) SET state = %s
+                     WHERE state = %s AND seq IN ({placeholders(seqs)})
+                    """, (MOVES["release"].to, state, *seqs))
+            cursor.execute(
+                """
+                SELECT TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), next_run_at)
+                  FROM jobs FORCE INDEX (jobs_due)
+                 WHERE state = %s ORDER BY next_run_at LIMIT 1
+                """, (state,))
+            row = cursor.fetchone()
+            if row:
+                # A due row that stays belongs to a neighbour's promotion: no hurry for us.
+                due_s = min(due_s, int(row[0]) / 1e6 if int(row[0]) > 0 else 1.0)
+            if len(seqs) == PROMOTED_AT_ONCE:
+                due_s = 0.0
+        return due_s
+
+    def _claim(self, cursor: Cursor, ask: Ask, token: str) -> None:
+        """Mark up to `free` jobs with the token, shared over the queues that have some."""
+        if not self.me.queues and (ask.look or not self._queues):
+            self._queues = waiting_queues(cursor)
+        if not self._queues:
+            return
+        self._queues.append(self._queues.pop(0))
+        share = -(-ask.free // len(self._queues))
+        idle, take = not ask.running, self._take
+        for per_queue in (share, ask.free):
+            for name in self._queues:
+                wanted = min(per_queue, ask.free - len(self._marked))
+                if wanted > 0 and not take(cursor, name, wanted, idle, token):
+                    return
+            if len(self._queues) == 1:
+                return
+
+    def _take(self, cursor: Cursor, name: str, wanted: int, idle: bool, token: str) -> bool:
+        """Mark jobs of one queue; False when nothing beside them may be claimed.
+
+        A job that must run alone is taken only by a process with no other run; one that
+        has others takes nothing behind it, so that it comes to that.
+        """
+        if not self.database.skip_locked(cursor) or not self._use_skip_locked:
+            return self._take_by_update(cursor, name, wanted, idle, token)
+        cursor.execute(
+            """
+            SELECT seq, losses FROM jobs FORCE INDEX (jobs_claim)
+             WHERE state = 'pending' AND queue = %s
+             ORDER BY claim_order, seq LIMIT %s FOR UPDATE SKIP LOCKED
+            """, (name, wanted))
+        seqs, more = [], True
+        for seq, losses in cursor.fetchall():
+            if int(losses) >= ALONE_AFTER_LOSSES:
+                more = False
+                if idle and not seqs and not self._marked:
+                    seqs.append(int(seq))
+                break
+            seqs.append(int(seq))
+        if seqs:
+            cursor.execute(
+                f"""
+                UPDATE jobs FORCE INDEX (PRIMARY) {CLAIM_ASSIGNMENTS}
+                 WHERE state = 'pending' AND seq IN ({placeholders(seqs)})
+                """, (token, self.me.id, *seqs))
+            self._marked += seqs
+        return more
+
+    def _take_by_update(self, cursor: Cursor, name: str, wanted: int, idle: bool,
+                        token: str) -> bool:
+        """The claim where SKIP LOCKED is missing: one guarded UPDATE, then a read by token.
+
+        Here a job that must run alone waits until a process is idle and nothing else waits.
+        """
+        kinds = [("<", wanted)]
+        if idle and not self._marked:
+            kinds.append((">=", 1))
+        for comparison, limit in kinds:
+            cursor.execute(
+                f"""
+                UPDATE jobs FORCE INDEX (jobs_claim) {CLAIM_ASSIGNMENTS}
+                 WHERE state = 'pending' AND queue = %s
+                   AND losses {comparison} {ALONE_AFTER_LOSSES}
+                 ORDER BY claim_order, seq LIMIT {limit}
+                """, (token, self.me.id, name))
+            if cursor.rowcount:
+                break
+        cursor.execute(
+            """
+            SELECT seq, losses FROM jobs FORCE INDEX (jobs_due)
+             WHERE state = 'processing' AND token = %s
+            """, (token,))
+        rows = cursor.fetchall()
+        self._marked = [int(row[0]) for row in rows]
+        return all(int(row[1]) < ALONE_AFTER_LOSSES for row in rows)
+
+    def _read_claimed(self, cursor: Cursor, token: str) -> list[Job]:
+        """The jobs that carry our token after COMMIT, in claim order: only these may start."""
+        if not self._marked:
+            return []
+        cursor.execute(
+            f"""
+            SELECT {HELD_COLUMNS}, command, queue, cwd, env, timeout
+              FROM jobs FORCE INDEX (PRIMARY)
+             WHERE seq IN ({placeholders(self._marked)}) AND token = %s
+               AND state = 'processing'
+             ORDER BY claim_order, seq
+            """, (*self._marked, token))
+        jobs = []
+        for row in cursor.fetchall():
+            *held, command, queue_name, cwd, env, timeout = row
+            limit, name = (self.settings.job_timeout, "setting job_timeout")
+            if timeout is not None:
+                limit, name = float(timeout), "the job's timeout"
+            jobs.append(Job(held_from(tuple(held), self.settings), str(command),
+                            str(queue_name), cwd, env, limit, name))
+        return jobs
+
+    def _skip(self, cursor: Cursor) -> str:
+        return " SKIP LOCKED" if self.database.skip_locked(cursor) else ""
+
+    # -- look around
+
+    def _look(self, cursor: Cursor, ask: Ask, token: str) -> Look:
+        cursor.execute(
+            """
+            SELECT seq, token, cancel_requested_at IS NOT NULL
+              FROM jobs FORCE INDEX (jobs_due) WHERE state = 'processing' AND worker = %s
+            """, (self.me.id,))
+        rows = [((int(row[0]), str(row[1])), bool(row[2])) for row in cursor.fetchall()]
+        known = {*ask.running, *((held.seq, held.token) for held, _ in ask.ended)}
+        unknown = [seq for (seq, held), _ in rows
+                   if held != token and (seq, held) not in known]
+        if unknown:
+            self._end_unrun(cursor, unknown)
+        cursor.execute("SELECT `key`, value FROM config")
+        config = {str(row[0]): str(row[1]) for row in cursor.fetchall()}
+        cancelled = frozenset(run for run, wanted in rows if wanted)
+        return Look(cancelled, config, ask.drain and not rows and self._drained(cursor))
+
+    def _end_unrun(self, cursor: Cursor, seqs: Sequence[int]) -> None:
+        """Hand back rows under our name that we do not run (a read-back that failed)."""
+        cursor.execute(
+            f"SELECT {HELD_COLUMNS} FROM jobs FORCE INDEX (PRIMARY) "
+            f"WHERE seq IN ({placeholders(seqs)})", tuple(seqs))
+        held = [held_from(row, self.settings) for row in cursor.fetchall()]
+        self.database.transact(lambda inner: len(self._settle(
+            inner, [(one, End(Reason.HANDED_BACK)) for one in held])))
+
+    def _drained(self, cursor: Cursor) -> bool:
+        """Whether our queues, paused ones aside, hold nothing that may still run."""
+        names = self.me.queues
+        only = f"AND queue IN ({placeholders(names)})" if names else ""
+        for state in (State.PENDING, State.FAILED, State.PROCESSING):
+            cursor.execute(
+                f"""
+                SELECT 1 FROM jobs
+                 WHERE state = %s {only} AND queue NOT IN
+                       (SELECT name FROM queues WHERE paused_at IS NOT NULL)
+                 LIMIT 1
+                """, (state, *names))
+            if cursor.fetchone():
+                return False
+        return True
+
+    # -- the other workers
+
+    def _look_after_others(self) -> list[str]:
+        """Judge the others by their beats, and take over what has no live worker."""
+        def beats(cursor: Cursor) -> dict[str, tuple[int, float]]:
+            cursor.execute("SELECT id, beat, lease FROM workers "
+                           "WHERE lost_at IS NULL AND id <> %s", (self.me.id,))
+            return {str(row[0]): (int(row[1]), float(row[2])) for row in cursor.fetchall()}
+
+        def strays(cursor: Cursor) -> list[str | None]:
+            cursor.execute(
+                """
+                SELECT DISTINCT jobs.worker FROM jobs FORCE INDEX (jobs_due)
+                  LEFT JOIN workers ON workers.id = jobs.worker AND lost_at IS NULL
+                 WHERE jobs.state = 'processing' AND workers.id IS NULL
+                """)
+            return [row[0] for row in cursor.fetchall()]
+
+        def forget(cursor: Cursor) -> int:
+            cursor.execute("DELETE FROM workers "
+                           "WHERE lost_at < UTC_TIMESTAMP(6) - INTERVAL 1 DAY")
+            return cursor.rowcount
+
+        seen = self.database.read(beats)
+        heartbeat_s = self.settings.heartbeat
+        lost = self._judge.observe(time.monotonic(), seen, heartbeat_s)
+        notes = [f"worker {worker} is lost: no beat for its lease of "
+                 f"{say_duration(seen[worker][1])}; {self.take_over(worker, beat)} runs taken over"
+                 for worker, beat in lost.items()]
+        for worker in self.database.read(strays):
+            taken = self.take_over(worker, None)
+            notes.append(f"worker {worker} has no live row; {taken} runs taken over")
+        self.database.read(forget)
+        return notes
+
+    def take_over(self, worker: str | None, beat: int | None) -> int:
+        """End the runs of a lost worker as lost, and return how many there were.
+
+        One transaction locks its row, checks that its beat still is `beat` (None: that it
+        has no live row; -1: whatever it is) and marks it lost.
+        """
+        def work(cursor: Cursor) -> int:
+            cursor.execute("SELECT beat FROM workers WHERE id <=> %s AND lost_at IS NULL "
+                           "FOR UPDATE", (worker,))
+            row = cursor.fetchone()
+            if (row is None) != (beat is None) and beat != -1:
+                return 0
+            if row and beat not in (-1, int(row[0])):
+                return 0
+            cursor.execute("UPDATE workers SET lost_at = UTC_TIMESTAMP(6), state = 'lost' "
+                           "WHERE id <=> %s AND lost_at IS NULL", (worker,))
+            cursor.execute(
+                f"""
+                SELECT {HELD_COLUMNS} FROM jobs FORCE INDEX (jobs_due)
+                 WHERE state = 'processing' AND worker <=> %s FOR UPDATE
+                """, (worker,))
+            changes = [self._decide(held_from(one, self.settings), End(Reason.LOST))
+                       for one in cursor.fetchall()]
+            self._carry_out(cursor, changes)
+            return len(changes)
+
+        return self.database.transact(work)
+
+    def dead_neighbours(self, is_gone: Callable[[int, str], bool]) -> dict[str, list[str]]:
+        """Workers whose process `is_gone` (pid, identity), each with the marks of its runs."""
+        def work(cursor: Cursor) -> dict[str, list[str]]:
+            cursor.execute("SELECT id, pid, process FROM workers WHERE lost_at IS NULL")
+            gone = [str(row[0]) for row in cursor.fetchall()
+                    if is_gone(int(row[1]), str(row[2]))]
+            return {worker: _marks_of(cursor, worker) for worker in gone}
+
+        return self.database.read(work)
+
+    # -- our own row
+
+    def register(self) -> None:
+        """Enter this worker; the same row twice is one."""
+        me = self.me
+
+        def work(cursor: Cursor) -> None:
+            cursor.execute(
+                """
+                INSERT INTO workers (id, host, pid, supervisor, process, slots, queues, lease)
+                VALUES (%s, %s, %s, %s, %s, %s, %s, %s) ON DUPLICATE KEY UPDATE lease = lease
+                """, (me.id, me.host, me.pid, me.supervisor, me.process, me.slots,
+                      ",".join(me.queues) or None, self.settings.lease_s))
+
+        self.database.read(work)
+
+    def retire(self) -> None:
+        """Remove this worker's row: it holds nothing any more."""
+        def work(cursor: Cursor) -> None:
+            cursor.execute("DELETE FROM workers WHERE id = %s", (self.me.id,))
+
+        self.database.read(work)
+
+
+CLAIM_ASSIGNMENTS = """
+   SET state = 'processing', token = %s, worker = %s, attempts = attempts + 1,
+       runs = runs + 1, started_at = UTC_TIMESTAMP(6), finished_at = NULL,
+       duration = NULL, exit_code = NULL, reason = NULL, cancel_requested_at = NULL"""
+
+
+def waiting_queues(cursor: Cursor) -> list[str]:
+    """The queues with pending jobs, by one index seek each."""
+    found: list[str] = []
+    last = ""
+    while True:
+        cursor.execute(
+            """
+            SELECT queue FROM jobs FORCE INDEX (jobs_claim)
+             WHERE state = 'pending' AND queue > %s ORDER BY queue LIMIT 1
+            """, (last,))
+        row = cursor.fetchone()
+        if not row:
+            return found
+        last = str(row[0])
+        found.append(last)
+
+
+def _marks_of(cursor: Cursor, worker: str) -> list[str]:
+    cursor.execute("SELECT token, seq FROM jobs FORCE INDEX (jobs_due) "
+                   "WHERE state = 'processing' AND worker = %s", (worker,))
+    return [f"{row[0]}-{row[1]}" for row in cursor.fetchall()]
+
+
+def last_line(end: End) -> str | None:
+    """The last line that says something, for the dead letter."""
+    lines = end.output[-4096:].decode("utf-8", "replace").split("\n")
+    said = [line.strip() for line in lines if line.strip()]
+    return (said[-1] if said else end.detail)[:LAST_LINE_MAX] or None
+
+
+# ---- looking -----------------------------------------------------------------
+#
+# What status, list and show ask, and the small writes of a person: cancel, retry a
+# dead letter, change a setting. A write names the state it leaves and reads the answer.
+
+COUNTED_UP_TO = 100_000
+PAGE = 1000
+VIEW_COLUMNS = """jobs.seq, jobs.id, command, queue, state, priority, attempts, attempts_max,
+       max_retries, timeout, next_run_at, created_at, started_at, finished_at, duration,
+       jobs.exit_code, jobs.reason, worker"""
+
+
+def say_time(moment: object) -> str | None:
+    """A DATETIME of the database in ISO 8601, UTC."""
+    if not isinstance(moment, datetime.datetime):
+        return None
+    return moment.isoformat(timespec="milliseconds") + "Z"
+
+
+@dataclass(frozen=True)
+class View:
+    """A job as people see it; settings fill what it leaves open."""
+
+    seq: int
+    id: str
+    command: str
+    queue: str
+    state: State
+    priority: int
+    attempts: int
+    allowed: int
+    max_retries: int
+    timeout: float
+    next_run_at: str | None
+    created_at: str | None
+    started_at: str | None
+    finished_at: str | None
+    duration: float | None
+    exit_code: int | None
+    reason: str | None
+    worker: str | None
+
+    def as_json(self) -> dict[str, Json]:
+        return {
+            "id": self.id, "command": self.command, "queue": self.queue,
+            "state": str(self.state), "priority": self.priority, "attempts": self.attempts,
+            "max_retries": self.max_retries, "timeout": self.timeout,
+            "next_run_at": self.next_run_at, "created_at": self.created_at,
+            "started_at": self.started_at, "finished_at": self.finished_at,
+            "duration": self.duration, "exit_code": self.exit_code, "reason": self.reason,
+            "worker": self.worker}
+
+
+def _view_from(row: Row, settings: Settings) -> View:
+    (seq, job_id, command, queue_name, state, priority, attempts, allowed, retries, timeout,
+     due, created, started, finished, took, exit_code, reason, worker) = row
+    retries = settings.max_retries if retries is None else int(str(retries))
+    return View(
+        int(str(seq)), str(job_id), str(command), str(queue_name), State(str(state)),
+        int(str(priority)), int(str(attempts)),
+        retries + 1 if allowed is None else int(str(allowed)), retries,
+        settings.job_timeout if timeout is None else float(str(timeout)),
+        say_time(due), say_time(created), say_time(started), say_time(finished),
+        None if took is None else float(str(took)),
+        None if exit_code is None else int(str(exit_code)),
+        None if reason is None else str(reason), None if worker is None else str(worker))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a job's history."""
+
+    run: int
+    attempt: int
+    worker: str | None
+    started_at: str | None
+    finished_at: str | None
+    duration: float | None
+    exit_code: int | None
+    reason: str | None
+    detail: str | None
+
+    def as_json(self) -> dict[str, Json]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+                if field.name != "run"}
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A job with all that is known of it; `output` is its last run's."""
+
+    view: View
+    cwd: str | None
+    env: dict[str, str]
+    after: list[str]
+    history: list[Run]
+    output: bytes
+    output_bytes: int
+
+
+class Result(NamedTuple):
+    """What came of a verb on one job."""
+
+    id: str
+    ok: bool
+    state: str | None
+    error: str | None
+    note: str = ""
+
+
+class Office:
+    """What a person asks of the queue, or changes in it."""
+
+    def __init__(self, database: Database, settings: Settings) -> None:
+        self.database, self.settings = database, settings
+
+    def jobs(self, state: str | None, queue_name: str | None, limit: int) -> Iterator[View]:
+        """The newest jobs first, read page by page; 0: all."""
+        where, values = self._filter(state, queue_name)
+        left, below = limit or sys.maxsize, 1 << 63
+        while left > 0:
+            size = min(PAGE, left)
+
+            def page(cursor: Cursor) -> list[View]:
+                cursor.execute(f"SELECT {VIEW_COLUMNS} FROM jobs WHERE seq < %s {where} "
+                               "ORDER BY seq DESC LIMIT %s", (below, *values, size))
+                return [_view_from(row, self.settings) for row in cursor.fetchall()]
+
+            views = self.database.read(page)
+            yield from views
+            if len(views) < size:
+                return
+            left, below = left - size, views[-1].seq
+
+    def count(self, state: str | None, queue_name: str | None) -> int:
+        where, values = self._filter(state, queue_name)
+        return self._count(f"jobs WHERE TRUE {where}", values)
+
+    @staticmethod
+    def _filter(state: str | None, queue_name: str | None) -> tuple[str, list[object]]:
+        parts = [("AND state = %s", state), ("AND queue = %s", queue_name)]
+        return (" ".join(text for text, value in parts if value),
+                [value for _, value in parts if value])
+
+    def _count(self, source: str, values: Sequence[object] = ()) -> int:
+        def work(cursor: Cursor) -> int:
+            cursor.execute(f"SELECT COUNT(*) FROM {source}", tuple(values))
+            return int(str(_single(cursor)))
+
+        return self.database.read(work)
+
+    def whole(self, job_id: str) -> Whole:
+        """Everything about one job; Problem if there is none."""
+        def work(cursor: Cursor) -> Whole | None:
+            cursor.execute(f"SELECT {VIEW_COLUMNS}, cwd, env FROM jobs WHERE id = %s",
+                           (job_id,))
+            row = cursor.fetchone()
+            if not row:
+                return None
+            view = _view_from(row[:-2], self.settings)
+            cursor.execute(
+                """
+                SELECT run, attempt, worker, started_at, finished_at, duration, exit_code,
+                       reason, detail FROM runs WHERE job = %s ORDER BY run
+                """, (view.seq,))
+            history = [Run(int(one[0]), int(one[1]), one[2], say_time(one[3]),
+                           say_time(one[4]), *one[5:]) for one in cursor.fetchall()]
+            cursor.execute("SELECT output, output_bytes FROM runs WHERE job = %s "
+                           "ORDER BY run DESC LIMIT 1", (view.seq,))
+            output, size = cursor.fetchone() or (b"", 0)
+            cursor.execute("SELECT id FROM jobs JOIN dependencies ON seq = parent "
+                           "WHERE child = %s ORDER BY seq", (view.seq,))
+            after = [str(one[0]) for one in cursor.fetchall()]
+            return Whole(view, row[-2], _env_of(row[-1]), after, history,
+                         bytes(output or b""), int(size))
+
+        found = self.database.read(work) if JOB_ID_FORM.fullmatch(job_id) else None
+        if found is None:
+            raise no_such_job(job_id)
+        return found
+
+    def dead_letters(self, limit: int) -> list[tuple[View, str | None]]:
+        """The dead jobs, the last to die first, each with the time of its death."""
+        def work(cursor: Cursor) -> list[tuple[View, str | None]]:
+            cursor.execute(
+                f"""
+                SELECT {VIEW_COLUMNS}, died_at FROM dlq JOIN jobs ON jobs.seq = dlq.seq
+                 ORDER BY died_at DESC, dlq.seq DESC LIMIT %s
+                """, (limit or 1 << 63,))
+            return [(_view_from(row[:-1], self.settings), say_time(row[-1]))
+                    for row in cursor.fetchall()]
+
+        return self.database.read(work)
+
+    def count_dead_letters(self) -> int:
+        return self._count("dlq")
+
+    def states(self, exact: bool) -> tuple[dict[str, int], list[str]]:
+        """Jobs in each state, and the states whose count stops at COUNTED_UP_TO."""
+        counts, capped = {}, []
+        for state in State:
+            source = "jobs WHERE state = %s"
+            if not exact:
+                source = f"(SELECT 1 FROM {source} LIMIT {COUNTED_UP_TO + 1}) AS some"
+            counts[str(state)] = self._count(source, [state])
+            if not exact and counts[str(state)] > COUNTED_UP_TO:
+                counts[str(state)] = COUNTED_UP_TO
+                capped.append(str(state))
+        return counts, capped
+
+    def queues(self) -> list[dict[str, Json]]:
+        """The queues with pending or processing jobs, with how many and who serves them."""
+        def work(cursor: Cursor) -> list[dict[str, Json]]:
+            cursor.execute("SELECT queue, COUNT(*) FROM jobs WHERE state = 'processing' "
+                           "GROUP BY queue")
+            processing = {str(row[0]): int(row[1]) for row in cursor.fetchall()}
+            pending = {}
+            for name in waiting_queues(cursor):
+                cursor.execute(
+                    "SELECT COUNT(*) FROM (SELECT 1 FROM jobs WHERE state = 'pending' AND "
+                    f"queue = %s LIMIT {COUNTED_UP_TO}) AS some", (name,))
+                pending[name] = int(str(_single(cursor)))
+            return [{"queue": name, "pending": pending.get(name, 0),
+                     "processing": processing.get(name, 0)}
+                    for name in sorted({*pending, *processing})]
+
+        return self.database.read(work)
+
+    def workers(self) -> list[dict[str, Json]]:
+        """The workers that are not lost; `silent`: no beat for longer than the lease."""
+        def work(cursor: Cursor) -> list[dict[str, Json]]:
+            cursor.execute(
+                """
+                SELECT id, host, pid, slots, busy, queues, heartbeat_at,
+                       IF(heartbeat_at < UTC_TIMESTAMP(6) - INTERVAL lease SECOND,
+                          'silent', state)
+                  FROM workers WHERE lost_at IS NULL ORDER BY host, pid
+                """)
+            return [{"id": row[0], "host": row[1], "pid": int(row[2]), "slots": int(row[3]),
+                     "busy": int(row[4]), "queues": row[5].split(",") if row[5] else [],
+                     "heartbeat_at": say_time(row[6]), "state": row[7]}
+                    for row in cursor.fetchall()]
+
+        return self.database.read(work)
+
+    def running_under(self, host: str, supervisor: int) -> list[str]:
+        """The jobs that the workers of one supervisor run."""
+        def work(cursor: Cursor) -> list[str]:
+            cursor.execute(
+                """
+                SELECT jobs.id FROM jobs JOIN workers ON workers.id = jobs.worker
+                 WHERE jobs.state = 'processing' AND host = %s AND supervisor = %s
+                   AND lost_at IS NULL ORDER BY seq
+                """, (host, supervisor))
+            return [str(row[0]) for row in cursor.fetchall()]
+
+        return self.database.read(work)
+
+    # -- what a person changes
+
+    def cancel(self, job_id: str) -> Result:
+        """End a waiting job now; ask the worker of a running one to end it."""
+        def work(cursor: Cursor, seq: int, state: State) -> Result:
+            if state is State.PROCESSING:
+                cursor.execute(
+                    """
+                    UPDATE jobs FORCE INDEX (PRIMARY)
+                       SET cancel_requested_at =
+                           COALESCE(cancel_requested_at, UTC_TIMESTAMP(6))
+                     WHERE seq = %s AND state = 'processing'
+                    """, (seq,))
+                return Result(job_id, True, state, None, "is running: its worker ends it")
+            if state not in MOVES["cancel"].leaves:
+                return Result(job_id, False, state, f"job {job_id} is {state}: nothing to cancel")
+            cursor.execute(
+                """
+                UPDATE jobs FORCE INDEX (PRIMARY)
+                   SET state = %s, reason = %s, finished_at = UTC_TIMESTAMP(6)
+                 WHERE seq = %s AND state = %s
+                """, (MOVES["cancel"].to, Reason.CANCELLED, seq, state))
+            return Result(job_id, True, MOVES["cancel"].to, None, "is cancelled")
+
+        return self._on_one(job_id, work)
+
+    def revive(self, job_id: str, retries: int, reset: bool) -> Result:
+        """Put a dead job back, due now. It keeps its attempts and may run `retries` times
+        more; with `reset` the count starts again."""
+        def work(cursor: Cursor, seq: int, state: State) -> Result:
+            if state not in MOVES["revive"].leaves:
+                return Result(job_id, False, state, f"job {job_id} is {state}, not dead: only "
+                              "dead jobs are in the dead letter queue")
+            counting = "attempts = 0, attempts_max = NULL" if reset else \
+                f"attempts_max = attempts + {int(retries)}"
+            cursor.execute(
+                f"""
+                UPDATE jobs FORCE INDEX (PRIMARY)
+                   SET state = %s, {counting}, losses = 0, next_run_at = UTC_TIMESTAMP(6)
+                 WHERE seq = %s AND state = %s
+                """, (MOVES["revive"].to, seq, state))
+            cursor.execute("DELETE FROM dlq WHERE seq = %s", (seq,))
+            return Result(job_id, True, MOVES["revive"].to, None, "is pending again")
+
+        return self._on_one(job_id, work)
+
+    def _on_one(self, job_id: str,
+                act: Callable[[Cursor, int, State], Result]) -> Result:
+        """Lock one job, and do what its state allows."""
+        def work(cursor: Cursor) -> Result:
+            cursor.execute("SELECT seq, state FROM jobs WHERE id = %s FOR UPDATE", (job_id,))
+            row = cursor.fetchone()
+            if not row:
+                return Result(job_id, False, None, no_such_job(job_id).what)
+            return act(cursor, int(row[0]), State(row[1]))
+
+        if not JOB_ID_FORM.fullmatch(job_id):
+            return Result(job_id, False, None, no_such_job(job_id).what)
+        return self.database.transact(work)
+
+    def set_config(self, key: str, value: str | None) -> None:
+        """Store one setting; None removes it."""
+        def work(cursor: Cursor) -> None:
+            if value is None:
+                cursor.execute("DELETE FROM config WHERE `key` = %s", (key,))
+                return
+            cursor.execute(
+                """
+                INSERT INTO config (`key`, value) VALUES (%s, %s)
+                ON DUPLICATE KEY UPDATE value = VALUES(value), changed_at = UTC_TIMESTAMP(6)
+                """, (key, value))
+
+        self.database.read(work)
+
+
+JOB_ID_FORM = re.compile(NAME.pattern + r"(?<!\n)")
+
+
+def no_such_job(job_id: str) -> Problem:
+    return Problem(f"no such job: {excerpt(job_id, 140)}", "see: queuectl list")
+
+
+def _env_of(text: str | None) -> dict[str, str]:
+    with contextlib.suppress(ValueError):
+        found = json.loads(text or "{}")
+        if isinstance(found, dict):
+            return {str(name): str(value) for name, value in found.items()}
+    return {}
+
+
+def states_of(database: Database, ids: Sequence[str]) -> dict[str, str]:
+    """The present states of some jobs."""
+    def work(cursor: Cursor) -> dict[str, str]:
+        cursor.execute(f"SELECT id, state FROM jobs WHERE id IN ({placeholders(ids)})",
+                       tuple(ids))
+        return {str(row[0]): str(row[1]) for row in cursor.fetchall()}
+
+    return database.read(work) if ids else {}
+
+
+def read_config(database: Database) -> dict[str, str]:
+    """The config table, less the rows that are not settings."""
+    def work(cursor: Cursor) -> dict[str, str]:
+        cursor.execute("SELECT `key`, value FROM config")
+        return {str(row[0]): str(row[1]) for row in cursor.fetchall() if row[0] in KNOBS}
+
+    return database.read(work)
+
+
+# ---- runner ------------------------------------------------------------------
+#
+# One shell command: its output, its time limit, its end. The only room that kills,
+# reaps or reads /proc. There is one way to end a run, whatever the cause: TERM to its
+# group, kill_grace, KILL, until nothing of it is left.
+
+READ_BYTES = 65536
+FIRST_FLUSH_S, NEXT_FLUSH_S = 0.05, 1.0
+STRAY_CHECK_S = 0.05
+OOM_SCORE_ADJ = 500
+MARK = "QUEUECTL_RUN"  # <token>-<seq>: in the environment of all that a run starts
+
+
+class Output:
+    """The first and the last part of a stream, within `limit` bytes, the cut marked."""
+
+    def __init__(self, limit: int) -> None:
+        self._head_max, self._tail_max = limit // 2, limit - limit // 2
+        self._head, self._tail = bytearray(), bytearray()
+        self.total = 0
+
+    def add(self, data: bytes) -> None:
+        self.total += len(data)
+        room = self._head_max - len(self._head)
+        self._head += data[:room]
+        self._tail += data[room:][-self._tail_max - 1:]
+        if len(self._tail) > 2 * self._tail_max + READ_BYTES:
+            del self._tail[:-self._tail_max - 1]
+
+    def kept(self) -> bytes:
+        if self.total <= self._head_max + self._tail_max:
+            return bytes(self._head + self._tail)
+        mark = b"\n[queuectl: %d bytes in all, the middle is left out]\n" % self.total
+        room = self._tail_max - len(mark)
+        return bytes(self._head) + mark + (bytes(self._tail[-room:]) if room > 0 else b"")
+
+
+class Phase(enum.Enum):
+    """How far the end of a run has come."""
+
+    RUNNING = 1
+    TERMED = 2
+    KILLED = 3
+
+
+class Process:
+    """One run: the shell, its pipe, its time limit, and its end."""
+
+    def __init__(self, job: Job, settings: Settings, environment: Mapping[bytes, bytes]) -> None:
+        self.job, self.settings = job, settings
+        self.mark = f"{job.held.token}-{job.held.seq}"
+        self.output = Output(settings.output_limit)
+        self.phase = Phase.RUNNING
+        self.cause: Reason | None = None  # why we end it; None: it ends by itself
+        self.status: int | None = None  # its wait status, once it is reaped
+        self.gone = False
+        self.survivor = 0  # a process that refused our signal
+        self.flush_at = math.inf
+        self.flushed_bytes = 0
+        self.failure = ""  # why it did not start
+        self.pid = 0
+        self.started = time.monotonic()
+        self.check_at = self.started + job.timeout_s if job.timeout_s else math.inf
+        self._kill_at = math.inf
+        self.pipe, write_end = os.pipe()
+        os.set_blocking(self.pipe, False)
+        try:
+            self.pid = self._spawn(write_end, environment)
+        except (OSError, ValueError) as error:
+            self.failure = f"{error}, on {socket.gethostname()}"
+            self.gone = True
+        finally:
+            os.close(write_end)
+
+    def _spawn(self, write_end: int, environment: Mapping[bytes, bytes]) -> int:
+        held, cwd = self.job.held, self.job.cwd
+        own = json.loads(_read_env(self.job.env)) if self.job.env else {}
+        added = {
+            "QUEUECTL_JOB_ID": held.id, "QUEUECTL_ATTEMPT": str(held.attempts),
+            "QUEUECTL_MAX_ATTEMPTS": str(held.allowed), "QUEUECTL_QUEUE": self.job.queue,
+            **own, MARK: self.mark}
+        shell = subprocess.Popen(
+            ["/bin/sh", "-c", self.job.command.encode()], stdin=subprocess.DEVNULL,
+            stdout=write_end, stderr=subprocess.STDOUT, cwd=cwd.encode() if cwd else None,
+            env={**environment, **{name.encode(): text.encode()
+                                   for name, text in added.items()}},
+            start_new_session=True)
+        shell.returncode = 0  # the pid table reaps it, never Popen
+        with contextlib.suppress(OSError), \
+                open(f"/proc/{shell.pid}/oom_score_adj", "w") as score:
+            score.write(str(OOM_SCORE_ADJ))
+        return shell.pid
+
+    def read(self, limit: int = READ_BYTES) -> bool:
+        """Take what the pipe holds, up to `limit` bytes; False at its end."""
+        try:
+            data = os.read(self.pipe, limit)
+        except BlockingIOError:
+            return True
+        if not data:
+            return False
+        if not self.output.total:
+            self.flush_at = time.monotonic() + FIRST_FLUSH_S
+        elif math.isinf(self.flush_at):
+            self.flush_at = time.monotonic() + NEXT_FLUSH_S
+        self.output.add(data)
+        return True
+
+    def close_pipe(self) -> None:
+        if self.pipe >= 0:
+            # What was written before the end is in the pipe: at most its capacity.
+            for _ in range(32):
+                before = self.output.total
+                if not self.read() or self.output.total == before:
+                    break
+            os.close(self.pipe)
+            self.pipe = -1
+
+    def flush(self) -> Flush | None:
+        """The output so far, if there is some that was not flushed."""
+        self.flush_at = math.inf
+        if self.output.total == self.flushed_bytes:
+            return None
+        self.flushed_bytes = self.output.total
+        return Flush(self.job.held, self.output.kept(), self.output.total)
+
+    def end(self, cause: Reason) -> None:
+        """Begin to end the run: TERM to its group. The first cause stands."""
+        if self.cause is None and not self.gone:
+            self.cause = cause
+        self._term()
+
+    def hurry(self, now: float) -> None:
+        """KILL after kill_grace from now, however long it was to take."""
+        self._kill_at = min(self._kill_at, now + self.settings.kill_grace)
+        self.check_at = min(self.check_at, self._kill_at)
+
+    def _term(self) -> None:
+        if self.phase is not Phase.RUNNING or self.gone:
+            return
+        self.phase = Phase.TERMED
+        self._kill_at = time.monotonic() + self.settings.kill_grace
+        self.check_at = time.monotonic() + STRAY_CHECK_S
+        if self.status is None:
+            # Not reaped yet, so the group's number cannot belong to anybody else.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGTERM)
+        _signal_strays(self.mark, self.pid, signal.SIGTERM)
+
+    def reaped(self, status: int) -> None:
+        """The shell ended: the run ends with it, unless others of its group must go first."""
+        self.status = status
+        self.close_pipe()
+        if self.cause is None and status == 0:
+            self.gone = True
+        elif self.phase is Phase.RUNNING:
+            if _group_exists(self.pid):
+                self._term()
+            else:
+                self.gone = True
+        else:
+            self.check_at = 0.0
+
+    def tick(self, now: float) -> None:
+        """Act on the time limit, or bring the end a step further."""
+        if self.gone or now < self.check_at:
+            return
+        if self.phase is Phase.RUNNING:
+            self.end(Reason.TIMEOUT)
+            return
+        if now >= self._kill_at:
+            self.phase = Phase.KILLED
+        number = signal.SIGKILL if self.phase is Phase.KILLED else 0
+        if self.status is None:
+            if number:
+                try:
+                    os.killpg(self.pid, number)
+                except PermissionError:
+                    self.survivor = self.pid
+                    self.gone = True
+            self.check_at = self._kill_at if not number else now + STRAY_CHECK_S
+        if self.status is not None or number:
+            left, refused = _signal_strays(self.mark, self.pid, number)
+            self.survivor = self.survivor or refused
+            self.gone = self.gone or (self.status is not None and not left)
+            self.check_at = now + STRAY_CHECK_S
+
+    def outcome(self) -> End:
+        """How the run ended; asked once it is gone."""
+        self.close_pipe()
+        took = time.monotonic() - self.started
+        reason, code, detail = self._judge()
+        if self.survivor:
+            detail = f"{detail}; process {self.survivor} refused the signal and goes on"
+        return End(reason, code, detail.lstrip("; "), took, self.output.kept(),
+                   self.output.total)
+
+    def _judge(self) -> tuple[Reason, int | None, str]:
+        if self.failure:
+            return Reason.SPAWN, None, self.failure
+        code = None
+        if self.status is not None:
+            ended_by = os.WTERMSIG(self.status) if os.WIFSIGNALED(self.status) else 0
+            code = 128 + ended_by if ended_by else os.WEXITSTATUS(self.status)
+        if self.cause is Reason.TIMEOUT:
+            limit = say_duration(self.job.timeout_s)
+            return Reason.TIMEOUT, TIMEOUT_STATUS, \
+                f"timed out after {limit} ({self.job.timeout_name})"
+        if self.cause is not None:
+            return self.cause, code, ""
+        if self.status is None:
+            return Reason.LOST, None, "its end was not seen"
+        if ended_by:
+            return Reason.SIGNAL, code, f"ended by {_signal_name(ended_by)}"
+        if code in (126, 127):
+            path = os.environ.get("PATH", "")
+            return Reason.EXIT, code, (f"in {self.job.cwd or os.getcwd()} on "
+                                       f"{socket.gethostname()}, PATH={path}")
+        return Reason.EXIT, code, ""
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def job_environment(variables: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+    """What jobs inherit: everything but ways into the database, tokens and notify sockets."""
+    return {name: value for name, value in variables.items()
+            if not PRIVATE_VARIABLE.fullmatch(os.fsdecode(name))}
+
+
+def reap() -> Iterator[tuple[int, int]]:
+    """Every child that has ended, (pid, wait status): ours, or adopted."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if not pid:
+            return
+        yield pid, status
+
+
+def become_subreaper() -> None:
+    """Have orphans below us become our children, where the kernel can (Linux)."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_child_subreaper = 36
+        ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
+
+
+def _group_exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+class _Seen(NamedTuple):
+    """A living process: its session, and whether it carries the mark looked for."""
+
+    session: int
+    marked: bool
+
+
+def _see(pid: int, wanted: bytes) -> _Seen | None:
+    """What /proc says of a process; None if it has ended."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rsplit(b") ", 1)[1].split()
+        if fields[0] in (b"Z", b"X"):
+            return None
+        session, marked = int(fields[3]), False
+        with contextlib.suppress(PermissionError), \
+                open(f"/proc/{pid}/environ", "rb") as file:
+            marked = wanted in file.read().split(b"\0")
+        return _Seen(session, marked)
+    except (OSError, IndexError):
+        return None
+
+
+def _signal_strays(mark: str, session: int, number: int) -> tuple[int, int]:
+    """Signal what is left of a run (0: only look): its session, whatever carries its mark,
+    and the sessions of that. How many were left, and one that refused (0: none)."""
+    wanted = f"{MARK}={mark}".encode()
+    seen = {pid: one for pid in _all_pids() for one in [_see(pid, wanted)] if one}
+    sessions = {one.session for one in seen.values() if one.marked} | {session}
+    sessions -= {0, os.getsid(0)}
+    left = refused = 0
+    for pid, one in seen.items():
+        if pid == os.getpid() or not (one.marked or one.session in sessions):
+            continue
+        with contextlib.suppress(ProcessLookupError), _opened(pid) as handle:
+            # The number may have passed to a stranger since: look again, then signal.
+            again = _see(pid, wanted)
+            if again and (again.marked or again.session in sessions):
+                left += 1
+                try:
+                    if number and handle >= 0:
+                        signal.pidfd_send_signal(handle, number)
+                except PermissionError:
+                    left, refused = left - 1, pid
+    return left, refused
+
+
+@contextlib.contextmanager
+def _opened(pid: int) -> Iterator[int]:
+    """A descriptor of a process, -1 where the kernel has none."""
+    try:
+        handle = os.pidfd_open(pid)
+    except (OSError, AttributeError) as error:
+        if getattr(error, "errno", 0) == errno.ESRCH:
+            raise ProcessLookupError from None
+        handle = -1
+    try:
+        yield handle
+    finally:
+        if handle >= 0:
+            os.close(handle)
+
+
+def _all_pids() -> list[int]:
+    try:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    except OSError:
+        return []  # no /proc here: groups alone are ended
+
+
+def end_marked(marks: Sequence[str], grace_s: float) -> None:
+    """End what an earlier worker left running of these runs, and wait until it is gone."""
+    kill_at = time.monotonic() + grace_s
+    number = signal.SIGTERM
+    while marks:
+        marks = [mark for mark in marks if _signal_strays(mark, 0, number)[0]]
+        number = signal.SIGKILL if time.monotonic() >= kill_at else 0
+        if marks:
+            time.sleep(STRAY_CHECK_S)
+
+
+def process_identity(pid: int) -> str:
+    """Boot, PID namespace and start time: what makes a pid one process. Empty if gone."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
+        space = os.readlink("/proc/self/ns/pid")
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            fields = stat.read().rsplit(b") ", 1)[1].split()
+    except (OSError, IndexError):
+        return ""
+    if fields[0] in (b"Z", b"X"):
+        return ""
+    return f"{boot}/{space}/{fields[19].decode()}"
+
+
+def is_gone(pid: int, identity: str) -> bool:
+    """Whether a process of this boot and this PID namespace no longer runs; False for
+    any other, which cannot be judged from here."""
+    here, now = process_identity(os.getpid()), process_identity(pid)
+    same_place = here and here.rsplit("/", 1)[0] == identity.rsplit("/", 1)[0]
+    return bool(same_place) and now != identity
+
+
+# ---- worker ------------------------------------------------------------------
+#
+# One process: one loop over one selector, and one thread that talks to the database.
+# The loop never waits for the thread, so a hung server delays no time limit, no pipe
+# and no signal. A request is one turn; while it is under way ends gather for the next.
+
+RESULTS_WAIT_S = 30.0
+FORCED_WAIT_S = 0.5
+LOOK_WHEN_DRAINING_S = 0.2
+HANDLED = (signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM,
+           signal.SIGPIPE)
+
+
+class Ledger:
+    """The worker's id and the marks of its runs, in memory shared with the supervisor,
+    which must know what to end when the worker is killed."""
+
+    CELL = 64
+
+    def __init__(self, slots: int) -> None:
+        import mmap
+
+        self._memory = mmap.mmap(-1, self.CELL * (slots + 2))
+        self._free = list(range(2, slots + 2))
+        self._cells: dict[str, int] = {}
+
+    def sign(self, worker: str) -> None:
+        self._write(0, worker)
+
+    def open(self) -> None:
+        """What was inherited is written off: only our own runs matter from now on."""
+        self._write(1, "open")
+
+    def note(self, mark: str) -> None:
+        self._cells[mark] = self._free.pop()
+        self._write(self._cells[mark], mark)
+
+    def strike(self, mark: str) -> None:
+        cell = self._cells.pop(mark)
+        self._write(cell, "")
+        self._free.append(cell)
+
+    def _write(self, cell: int, text: str) -> None:
+        self._memory[cell * self.CELL:(cell + 1) * self.CELL] = \
+            text.encode().ljust(self.CELL, b"\0")
+
+    def read(self) -> tuple[str, bool, list[str]]:
+        """The worker's id, whether it opened, and the marks of its runs."""
+        size = self.CELL
+        cells = [self._memory[at:at + size].rstrip(b"\0").decode()
+                 for at in range(0, len(self._memory), size)]
+        return cells[0], bool(cells[1]), [mark for mark in cells[2:] if mark]
+
+
+@dataclass(frozen=True)
+class Crew:
+    """What all worker processes of one supervisor have in common."""
+
+    target: Target
+    environment: Environment
+    settings: Settings
+    queues: tuple[str, ...]
+    drain: bool
+    grace_s: float | None
+    verbose: bool  # whether a job that completed is worth a line
+    say: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Post:
+    """One worker process's place in the crew."""
+
+    slots: int
+    supervisor: int
+    lifeline: int  # readable once the supervisor is gone
+    ready: int  # written once the worker has entered its row
+    ledger: Ledger
+    inherited: tuple[tuple[str, tuple[str, ...]], ...]  # dead workers and their runs
+
+
+def catch_signals() -> tuple[int, int]:
+    """A pipe that gets the number of each handled signal as a byte; then unblock them.
+
+    Real handlers, never ignored ones: jobs inherit what is ignored, and under an ignored
+    SIGCHLD a failing job would look well.
+    """
+    ends = os.pipe()
+    for end in ends:
+        os.set_blocking(end, False)
+    for number in HANDLED:
+        signal.signal(number, lambda signum, frame: None)
+    signal.set_wakeup_fd(ends[1], warn_on_full_buffer=False)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    return ends
+
+
+class Clerk:
+    """The thread that owns the connection: takes one request, posts its answer."""
+
+    def __init__(self, wake: int) -> None:
+        self._requests: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._wake = wake
+        self.busy = False
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def request(self, work: Callable[[], object]) -> None:
+        self.busy = True
+        self._requests.put(work)
+
+    def answer(self) -> object:
+        """The answer that has come, an exception if the work raised one; or None."""
+        try:
+            found = self._answers.get_nowait()
+        except queue.Empty:
+            return None
+        self.busy = False
+        return found
+
+    def _work(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+        while True:
+            work = self._requests.get()
+            try:
+                result = work()
+            except Exception as error:  # handed to the loop, which knows what it means
+                result = error
+            self._answers.put(result)
+            with contextlib.suppress(BlockingIOError):  # full: the loop is awake anyway
+                os.write(self._wake, b"\0")
+
+
+class Opened(NamedTuple):
+    """The answer to entering our row: what was taken over on the way."""
+
+    notes: list[str]
+
+
+class Retired(NamedTuple):
+    """The answer to removing our row."""
+
+
+class Worker:
+    """The loop of one worker process."""
+
+    def __init__(self, crew: Crew, post: Post) -> None:
+        self.crew, self.post = crew, post
+        self.settings = crew.settings
+        self.environment = crew.environment
+        self.processes: dict[int, Process] = {}  # by pid, also those that are ending
+        self.ended: list[tuple[Held, End]] = []
+        self.in_flight: Ask | None = None
+        self.opened = self.retiring = self.retired = self.forced = False
+        self.stopping = False
+        self.grace_at = self.give_up_at = math.inf
+        self.next_look = self.next_judge = 0.0
+        self.status = 0
+        self._selector = selectors.DefaultSelector()
+        self._read_wake, wake = catch_signals()
+        self._selector.register(self._read_wake, selectors.EVENT_READ, self._on_wake)
+        self._selector.register(post.lifeline, selectors.EVENT_READ, self._on_orphaned)
+        self._inherited_environment = job_environment(os.environb)
+        self._policy = Policy(math.inf, max(2.0, self.settings.lease_s / 3), crew.say)
+        self._desk = self._new_desk()
+        self._clerk = Clerk(wake)
+
+    def run(self) -> int:
+        """Work until told to stop, or drained; the exit status."""
+        self._clerk.request(self._open)
+        while not self._finished():
+            self._ask()
+            for key, _ in self._selector.select(self._pause()):
+                key.data()
+            self._reap()
+            self._tick()
+            self._take_answer()
+        return self.status
+
+    # -- the database's side
+
+    def _new_desk(self) -> Desk:
+        """A desk under a new id: ids are never used twice."""
+        host = socket.gethostname()
+        name = f"{re.sub('[^A-Za-z0-9.-]', '-', host)[:40]}-{secrets.token_hex(4)}"
+        self.post.ledger.sign(name)
+        me = Identity(name, host, os.getpid(), self.post.supervisor,
+                      process_identity(os.getpid()), self.post.slots, self.crew.queues)
+        off = self.environment.get("QUEUECTL_SKIP_LOCKED").lower() in ("off", "0", "no")
+        desk = Desk(Database(self.crew.target, self._policy), me, not off)
+        desk.settings = self.settings
+        return desk
+
+    def _open(self) -> Opened:
+        """Write off what dead workers of this host left behind, then enter our row."""
+        notes = []
+        for worker, marks in self.post.inherited:
+            end_marked(marks, self.settings.kill_grace)
+            taken = self._desk.take_over(worker, -1)
+            notes.append(f"worker {worker} died; {taken} runs written off as lost")
+        for worker, marks in self._desk.dead_neighbours(is_gone).items():
+            end_marked(marks, self.settings.kill_grace)
+            taken = self._desk.take_over(worker, -1)
+            notes.append(f"worker {worker} of this host is gone; {taken} runs taken over")
+        self._desk.register()
+        return Opened(notes)
+
+    def _retire(self) -> Retired:
+        self._desk.retire()
+        return Retired()
+
+    def _ask(self) -> None:
+        """Hand the clerk a turn, if it is free and there is something to say."""
+        if self._clerk.busy or not self.opened or self.retired:
+            return
+        now = time.monotonic()
+        flushes = [one for process in self.processes.values()
+                   if now >= process.flush_at for one in [process.flush()] if one]
+        look = now >= self.next_look
+        if not (self.ended or flushes or look):
+            if self.stopping and not self.processes and not self.retiring:
+                self.retiring = True
+                self._clerk.request(self._retire)
+            return
+        ended, self.ended = self.ended, []
+        running = [(one.job.held.seq, one.job.held.token) for one in self.processes.values()]
+        ask = Ask(ended, flushes, running, self._free(), look,
+                  look and now >= self.next_judge, self.crew.drain and not self.stopping,
+                  "stopping" if self.stopping else "running")
+        if look:
+            self.next_look = now + self._look_interval()
+        if ask.judge:
+            self.next_judge = now + self.settings.heartbeat
+        self.in_flight = ask
+        self._clerk.request(lambda: self._desk.turn(ask))
+
+    def _look_interval(self) -> float:
+        idle_drain = self.crew.drain and not self.processes
+        return min(self.settings.poll_interval, self.settings.heartbeat,
+                   LOOK_WHEN_DRAINING_S if idle_drain else math.inf)
+
+    def _free(self) -> int:
+        alone = any(process.job.held.alone for process in self.processes.values())
+        return 0 if self.stopping or alone else self.post.slots - len(self.processes)
+
+    def _take_answer(self) -> None:
+        answer = self._clerk.answer()
+        if isinstance(answer, Opened):
+            self._on_opened(answer)
+        elif isinstance(answer, Turn):
+            self.in_flight = None
+            self._on_turn(answer)
+        elif isinstance(answer, Retired):
+            self.retired = True
+        elif isinstance(answer, Problem):
+            self._on_refused(answer)
+        elif isinstance(answer, BaseException):
+            raise answer
+
+    def _on_opened(self, answer: Opened) -> None:
+        for note in answer.notes:
+            self.crew.say(note)
+        self.opened = True
+        self.post.ledger.open()
+        with contextlib.suppress(OSError):  # nobody waits for it any more
+            os.write(self.post.ready, b"+")
+
+    def _on_refused(self, problem: Problem) -> None:
+        """The schema has moved on, or the tables are gone: nothing can be settled here."""
+        self.crew.say(f"{problem.what}; stopping")
+        if self.in_flight:
+            self.ended = [*self.in_flight.ended, *self.ended]
+            self.in_flight = None
+        self.status = 1
+        self._stop()
+        self.next_look = time.monotonic() + LONGEST_PAUSE_S
+        if not self.opened:
+            self.retired = True
+
+    def _on_turn(self, turn: Turn) -> None:
+        for note in turn.notes:
+            self.crew.say(note)
+        if not turn.alive:
+            self._on_lost()
+            return
+        for job in turn.jobs:
+            self._start(job)
+        self.next_look = min(self.next_look, time.monotonic() + turn.due_s)
+        if turn.look:
+            self._on_look(turn.look)
+
+    def _on_look(self, look: Look) -> None:
+        for process in self.processes.values():
+            if (process.job.held.seq, process.job.held.token) in look.cancelled:
+                process.end(Reason.CANCELLED)
+        try:
+            version = look.config.get("schema_version")
+            check_schema((version,) if version else None, self.crew.target.database)
+            configured = configure(self.environment, look.config)
+        except Problem as problem:
+            if not self.stopping:
+                self.crew.say(f"{problem.what}; stopping")
+                self._stop()
+            return
+        if configured.settings != self.settings:
+            for complaint in configured.complaints:
+                self.crew.say(complaint)
+            self.settings = self._desk.settings = configured.settings
+        if look.drained and not self.processes and not self.ended:
+            self._stop()
+
+    def _on_lost(self) -> None:
+        """We were declared lost: our runs are others' now. End them, and enter anew."""
+        self.crew.say(f"this worker ({self._desk.me.id}) was declared lost: ending its "
+                      f"{len(self.processes)} runs and entering anew")
+        for process in self.processes.values():
+            process.end(Reason.LOST)
+        self.ended.clear()
+        self.opened = False
+        self._desk.database.close()
+        self._desk = self._new_desk()
+        self._clerk.request(self._reopen)
+
+    def _reopen(self) -> Opened:
+        self._desk.register()
+        return Opened([])
+
+    # -- the processes' side
+
+    def _start(self, job: Job) -> None:
+        if self.stopping:
+            self.ended.append((job.held, End(Reason.HANDED_BACK)))
+            return
+        mark = f"{job.held.token}-{job.held.seq}"
+        self.post.ledger.note(mark)
+        process = Process(job, self.settings, self._inherited_environment)
+        if process.gone:
+            self._settle(process)
+            return
+        self.processes[process.pid] = process
+        self._selector.register(process.pipe, selectors.EVENT_READ,
+                                lambda: self._on_output(process))
+
+    def _on_output(self, process: Process) -> None:
+        if not process.read():
+            self._selector.unregister(process.pipe)
+            process.close_pipe()
+
+    def _reap(self) -> None:
+        for pid, status in reap():
+            process = self.processes.get(pid)
+            if process:  # another is an orphan that we adopted
+                if process.pipe >= 0:
+                    self._selector.unregister(process.pipe)
+                process.reaped(status)
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        if now >= self.grace_at and not self.forced:
+            self.grace_at = math.inf
+            self._end_all(Reason.HANDED_BACK)
+        for process in list(self.processes.values()):
+            process.tick(now)
+            if process.gone:
+                del self.processes[process.pid]
+                self._settle(process)
+
+    def _settle(self, process: Process) -> None:
+        """Take down how a run ended; the next turn writes it."""
+        if process.pipe >= 0:
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(process.pipe)
+        end, held = process.outcome(), process.job.held
+        self.post.ledger.strike(process.mark)
+        if end.reason is Reason.LOST and process.cause is Reason.LOST:
+            return  # written off by whoever declared us lost
+        self.ended.append((held, end))
+        self._report(held, end)
+
+    def _report(self, held: Held, end: End) -> None:
+        well = end.reason is Reason.EXIT and end.exit_code == 0
+        if well and not self.crew.verbose:
+            return
+        how = "completed" if well else str(end.reason)
+        if not well and end.exit_code is not None:
+            how += f", exit status {end.exit_code}"
+        detail = f" ({end.detail})" if end.detail else ""
+        self.crew.say(f"job {held.id}: {how} after {end.duration_s or 0:.1f} s, "
+                      f"attempt {held.attempts}/{held.allowed}{detail}")
+
+    # -- stopping
+
+    def _on_wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            for number in os.read(self._read_wake, 4096):
+                if number == signal.SIGTERM:
+                    self._stop()
+                elif number == signal.SIGQUIT:
+                    self._stop_now(FORCED_WAIT_S)
+                elif number == signal.SIGHUP:
+                    self._reread()
+
+    def _on_orphaned(self) -> None:
+        """The supervisor is gone: nobody watches over us any more."""
+        self._selector.unregister(self.post.lifeline)
+        self.crew.say("the supervisor is gone: ending")
+        self._stop_now(1.0)
+
+    def _reread(self) -> None:
+        try:
+            self.environment = Environment.read()
+            self.next_look = 0.0
+        except Problem as problem:
+            self.crew.say(f"{problem.what}; settings are kept as they were")
+
+    def _stop(self) -> None:
+        """Claim nothing more; let what runs end."""
+        if self.stopping:
+            return
+        self.stopping = True
+        self.next_look = 0.0
+        if self.crew.grace_s is not None:
+            self.grace_at = time.monotonic() + self.crew.grace_s
+
+    def _stop_now(self, wait_s: float) -> None:
+        """End what runs, hand it back, and be gone soon, with or without a database."""
+        self._stop()
+        if not self.forced:
+            self.forced = True
+            self._end_all(Reason.HANDED_BACK)
+            self.give_up_at = time.monotonic() + self.settings.kill_grace + wait_s
+
+    def _end_all(self, cause: Reason) -> None:
+        for process in self.processes.values():
+            process.end(cause)
+            process.hurry(time.monotonic())
+
+    def _finished(self) -> bool:
+        if not self.stopping:
+            return False
+        now = time.monotonic()
+        if not self.processes:
+            if self.retired and not self.ended:
+                return True
+            wait_s = RESULTS_WAIT_S if self.crew.grace_s is None else self.crew.grace_s
+            self.give_up_at = min(self.give_up_at, now + max(wait_s, 1.0))
+        if now < self.give_up_at:
+            return False
+        asked = list(self.in_flight.ended) if self.in_flight else []
+        lost = [held.id for held, _ in [*asked, *self.ended]]
+        lost += [process.job.held.id for process in self.processes.values()]
+        if lost:
+            self.crew.say("the database did not take the results of "
+                          f"{', '.join(lost)}: they will run again")
+        self.status = self.status or int(bool(lost))
+        return True
+
+    def _pause(self) -> float:
+        """Seconds until the next timer."""
+        times = [self.grace_at, self.give_up_at]
+        times += [process.check_at for process in self.processes.values()]
+        if not self._clerk.busy and self.opened and not self.retired:
+            times.append(self.next_look)
+            times += [process.flush_at for process in self.processes.values()]
+            if self.ended or (self.stopping and not self.processes and not self.retiring):
+                return 0.0
+        return max(0.0, min(min(times) - time.monotonic(), 3600.0))
+
+
+# ---- supervisor --------------------------------------------------------------
+#
+# Keeps worker processes alive: forks, reaps, obeys signals, holds the PID file. It never
+# connects to the database, so it works with or without one. The PID file is held under
+# an exclusive lock for the daemon's life: locked is alive, unlocked is stale, whatever
+# number stands in it.
+
+LOG_BYTES_MAX = 10 << 20
+RESPAWN_PAUSE_S, RESPAWN_PAUSE_MAX_S, STEADY_AFTER_S = 0.1, 30.0, 10.0
+READY_WAIT_S = 30.0
+
+
+class Log:
+    """Lines on standard error, each with its time; a file grows to 10 MB, then is `.1`."""
+
+    def __init__(self, path: str = "") -> None:
+        self.path = path
+        if path:
+            self._open()
+
+    def say(self, text: str) -> None:
+        now = datetime.datetime.now(datetime.timezone.utc)
+        line = f"{say_time(now.replace(tzinfo=None))} [{os.getpid()}] {text}\n"
+        with contextlib.suppress(OSError):  # a full disk must not end the work
+            if self.path:
+                self._turn_over()
+            os.write(2, line.encode("utf-8", "replace"))
+
+    def _open(self) -> None:
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        for standard in (1, 2):
+            os.dup2(handle, standard)
+        os.close(handle)
+
+    def _turn_over(self) -> None:
+        """Rename a full file, or follow when another process has. All share the file, so
+        the one that holds its lock decides."""
+        status = os.fstat(2)
+        if status.st_size > LOG_BYTES_MAX:
+            fcntl.flock(2, fcntl.LOCK_EX)
+            if _same_file(2, self.path):
+                os.rename(self.path, self.path + ".1")
+        if not _same_file(2, self.path):
+            self._open()
+
+
+def _same_file(handle: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+class Standing(NamedTuple):
+    """What a PID file says: whether it is there, its number, and whether that is alive."""
+
+    found: bool
+    pid: int
+    alive: bool
+
+
+def probe_pid_file(path: str) -> Standing:
+    """Look whether a daemon holds the PID file, by a shared lock taken for an instant."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return Standing(False, 0, False)
+    except OSError as error:
+        raise Problem(f"cannot read the PID file {path}: {error.strerror}") from None
+    try:
+        first = os.read(handle, 64).split(b"\n")[0]
+        pid = int(first) if first.isdigit() and len(first) < 10 else 0
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return Standing(True, pid, True)
+        return Standing(True, pid, False)
+    finally:
+        os.close(handle)
+
+
+def hold_pid_file(path: str) -> int:
+    """A descriptor that holds the PID file for us, emptied; Problem if a daemon has it."""
+    until = time.monotonic() + 1
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise Problem(f"cannot write the PID file {path}: {error.strerror}",
+                          "name another one: --pid-file FILE") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _same_file(handle, path):  # else a stopping daemon has just removed it
+                os.ftruncate(handle, 0)
+                return handle
+        except BlockingIOError:
+            if time.monotonic() > until:
+                os.close(handle)
+                pid = probe_pid_file(path).pid
+                raise Problem(f"a worker daemon runs already: PID {pid or 'unknown'} holds "
+                              f"{path}", "stop it: queuectl worker stop, or use another "
+                              "--pid-file") from None
+            time.sleep(0.02)
+        os.close(handle)
+
+
+@dataclass
+class _Child:
+    """A worker process as its supervisor knows it."""
+
+    slots: int
+    ledger: Ledger
+    inherited: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    pid: int = 0
+    started: float = 0.0
+    pause_s: float = RESPAWN_PAUSE_S
+    spawn_at: float = 0.0
+
+
+class Supervisor:
+    """Forks the crew, keeps it up, and stops it."""
+
+    def __init__(self, crew: Crew, count: int, held: Collection[int] = ()) -> None:
+        self.crew = crew
+        self.stopping = False
+        self.stop_signal = 0  # the second signal: leave with 128 + n
+        self.status = 0
+        self._held = held  # descriptors that only the supervisor may have
+        self._kill_at = math.inf
+        processes = min(count, os.cpu_count() or 1)
+        self._children = [
+            _Child(slots, Ledger(slots)) for slots in
+            (count // processes + (number < count % processes) for number in range(processes))]
+        self._lifeline, self._life = os.pipe()
+        self._ready, self._ready_end = os.pipe()
+        os.set_blocking(self._ready, False)
+
+    def run(self, announce: Callable[[], None]) -> int:
+        """Keep the workers up until told to stop, or all drained; the exit status.
+
+        `announce` is called once, when the first worker has entered its row.
+        """
+        become_subreaper()
+        wake, _ = catch_signals()
+        announced = False
+        while True:
+            self._spawn_missing()
+            select.select([wake, self._ready], [], [], self._pause())
+            with contextlib.suppress(BlockingIOError):
+                for number in os.read(wake, 4096):
+                    self._obey(number)
+            with contextlib.suppress(BlockingIOError):
+                if os.read(self._ready, 4096) and not announced:
+                    announced = True
+                    announce()
+            self._reap()
+            if time.monotonic() >= self._kill_at:
+                self._signal(signal.SIGKILL)
+            if not any(child.pid for child in self._children) and self.stopping:
+                return 128 + self.stop_signal if self.stop_signal else self.status
+
+    def _spawn_missing(self) -> None:
+        now = time.monotonic()
+        for child in self._children:
+            if not child.pid and not self.stopping and now >= child.spawn_at:
+                self._fork(child)
+
+    def _fork(self, child: _Child) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+        supervisor = os.getpid()
+        pid = os.fork()
+        if not pid:
+            status = 70
+            try:
+                signal.set_wakeup_fd(-1)
+                for handle in (*self._held, self._life, self._ready):
+                    os.close(handle)
+                become_subreaper()
+                post = Post(child.slots, supervisor, self._lifeline, self._ready_end,
+                            child.ledger, child.inherited)
+                status = Worker(self.crew, post).run()
+            except BaseException:
+                self.crew.say(traceback.format_exc())
+            finally:
+                os._exit(status)  # a child never returns into its parent's stack
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+        child.pid, child.started = pid, time.monotonic()
+
+    def _pause(self) -> float | None:
+        times = [child.spawn_at for child in self._children
+                 if not child.pid and not self.stopping]
+        soonest = min([self._kill_at, *times])
+        return None if math.isinf(soonest) else max(0.0, soonest - time.monotonic())
+
+    def _reap(self) -> None:
+        for pid, status in reap():
+            for child in self._children:
+                if child.pid == pid:
+                    child.pid = 0
+                    self._on_end(child, status)
+
+    def _on_end(self, child: _Child, status: int) -> None:
+        """A worker ended: as it was told, or drained, or in a crash that we make good."""
+        if os.WIFEXITED(status) and (self.stopping or self.crew.drain
+                                     or os.WEXITSTATUS(status) == 1):
+            # Told to, drained, or unable to go on: in each case this one is over.
+            self.status = max(self.status, os.WEXITSTATUS(status))
+            child.spawn_at = math.inf
+            if all(one.spawn_at == math.inf and not one.pid for one in self._children):
+                self.stopping = True
+            return
+        worker, opened, marks = child.ledger.read()
+        how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else \
+            f"exit status {os.WEXITSTATUS(status)}"
+        self.crew.say(f"worker process of {worker or 'an unknown worker'} ended: {how}")
+        if self.stopping:
+            end_marked(marks, self.crew.settings.kill_grace)
+            self.status = 1
+            return
+        earlier = () if opened else child.inherited
+        child.inherited = (*earlier, (worker, tuple(marks))) if worker else earlier
+        child.ledger = Ledger(child.slots)
+        now = time.monotonic()
+        steady = now - child.started > STEADY_AFTER_S
+        child.pause_s = RESPAWN_PAUSE_S if steady else child.pause_s
+        child.spawn_at = now + child.pause_s
+        child.pause_s = min(2 * child.pause_s, RESPAWN_PAUSE_MAX_S)
+
+    def _obey(self, number: int) -> None:
+        if number == signal.SIGHUP and not _has_terminal():
+            self.crew.say("SIGHUP: reading the settings again")
+            self._signal(signal.SIGHUP)
+        elif number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+            if not self.stopping:
+                self.stopping = True
+                self.crew.say("stopping: running jobs may end; once more to end them now")
+                self._signal(signal.SIGTERM)
+            elif not self.stop_signal:
+                self.stop_signal = number
+                self.crew.say("stopping now: running jobs are ended and handed back")
+                self._signal(signal.SIGQUIT)
+                self._kill_at = time.monotonic() + self.crew.settings.kill_grace + 3
+
+    def _signal(self, number: int) -> None:
+        for child in self._children:
+            if child.pid:
+                os.kill(child.pid, number)
+
+
+def _has_terminal() -> bool:
+    """Whether a terminal controls us: then SIGHUP means that it went away."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How `worker start` was asked for."""
+
+    count: int
+    daemon: bool
+    pid_file: str  # empty: none
+    log_file: str
+
+
+def launch(crew: Crew, start: Launch) -> int:
+    """Run the crew here, or as a daemon; the exit status."""
+    held = hold_pid_file(start.pid_file) if start.pid_file else -1
+    if start.daemon:
+        return _daemonize(crew, start, held)
+    return _serve(crew, start, held, lambda: None)
+
+
+def _serve(crew: Crew, start: Launch, held: int, report: Callable[[], None]) -> int:
+    if held >= 0:
+        os.write(held, f"{os.getpid()}\n".encode())
+    served = f"queues {', '.join(crew.queues)}" if crew.queues else "all queues"
+
+    def announce() -> None:
+        crew.say(f"{start.count} slot{'s' * (start.count > 1)} ready, serving {served} of "
+                 f"{crew.target}")
+        report()
+
+    try:
+        return Supervisor(crew, start.count, [held] if held >= 0 else []).run(announce)
+    finally:
+        crew.say("stopped")
+        if held >= 0:
+            with contextlib.suppress(OSError):
+                os.unlink(start.pid_file)
+
+
+def _daemonize(crew: Crew, start: Launch, held: int) -> int:
+    """Fork the daemon and wait until it is ready; if it dies first, print why."""
+    read_end, write_end = os.pipe()
+    try:
+        log = os.open(start.log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        os.close(log)
+    except OSError as error:
+        raise Problem(f"cannot write the log {start.log_file}: {error.strerror}",
+                      "name another one: --log-file FILE") from None
+    pid = os.fork()
+    if not pid:
+        status = 70
+        try:
+            os.close(read_end)
+            os.setsid()
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, 0)
+            os.close(null)
+            crew = dataclasses.replace(crew, say=Log(start.log_file).say, verbose=False)
+            held_too = [held, write_end]
+            status = _serve(crew, start, held, lambda: _tell(held_too.pop()))
+        except BaseException:
+            crew.say(traceback.format_exc())
+        finally:
+            os._exit(status)
+    os.close(write_end)
+    os.close(held)
+    ready, _, _ = select.select([read_end], [], [], READY_WAIT_S)
+    if ready and os.read(read_end, 1):
+        print(f"worker daemon started: PID {pid} in {start.pid_file}, log in "
+              f"{start.log_file}", file=sys.stderr)
+        return 0
+    if not ready:
+        os.kill(pid, signal.SIGTERM)
+    raise Problem(f"the worker daemon did not get ready{_log_tail(start.log_file)}",
+                  f"see {start.log_file}", UNAVAILABLE)
+
+
+def _tell(handle: int) -> None:
+    os.write(handle, b"+")
+    os.close(handle)
+
+
+def _log_tail(path: str) -> str:
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as log:
+        lines = [line.rstrip() for line in log.readlines()[-5:]]
+        return ":\n  " + "\n  ".join(lines) if lines else ""
+    return ""
+
+
+def stop_daemon(path: str, now: bool, timeout_s: float,
+                waits_for: Callable[[int], str]) -> int:
+    """Stop the daemon that holds the PID file, and wait for its end; the exit status.
+
+    A stranger is never signalled: the process is pinned first, then the lock is looked
+    at again, and only then is the signal sent.
+    """
+    standing = probe_pid_file(path)
+    until = time.monotonic() + 1
+    while standing.alive and not standing.pid and time.monotonic() < until:
+        time.sleep(0.02)  # it holds the lock and is about to write its number
+        standing = probe_pid_file(path)
+    if not standing.found:
+        _whisper(f"no worker daemon: there is no PID file {path}")
+        return 0
+    if not standing.alive:
+        _whisper(f"no worker daemon: the PID file {path} is stale (no daemon holds it)")
+        return 0
+    with contextlib.suppress(ProcessLookupError), _opened(standing.pid) as handle:
+        if probe_pid_file(path) != standing:
+            raise Problem(f"the PID file {path} has just changed hands",
+                          "look again: queuectl status")
+        for number in [signal.SIGTERM] + [signal.SIGINT] * now:
+            _send(standing.pid, handle, number)
+        return _await_end(path, standing, timeout_s, waits_for)
+    return 0
+
+
+def _send(pid: int, handle: int, number: int) -> None:
+    try:
+        if handle >= 0:
+            signal.pidfd_send_signal(handle, number)
+        else:
+            os.kill(pid, number)
+    except PermissionError:
+        raise Problem(f"the worker daemon {pid} belongs to another user",
+                      "run worker stop as that user or as root") from None
+
+
+def _await_end(path: str, standing: Standing, timeout_s: float,
+               waits_for: Callable[[int], str]) -> int:
+    started = time.monotonic()
+    say_at = started + 1
+    while probe_pid_file(path) == standing:
+        now = time.monotonic()
+        if now - started >= timeout_s:
+            _whisper(f"worker daemon {standing.pid} is still stopping after "
+                     f"{say_duration(timeout_s)}{waits_for(standing.pid)}")
+            return TIMED_OUT
+        if now >= say_at:
+            say_at = now + 10
+            _whisper(f"worker daemon {standing.pid} is stopping{waits_for(standing.pid)}")
+        time.sleep(0.05)
+    _whisper(f"worker daemon {standing.pid} has stopped")
+    return 0
+
+
+# ---- server ------------------------------------------------------------------
+#
+# A private MySQL or MariaDB for a machine without one: data, socket and log in one
+# folder, reachable by that socket alone. Paths are relative to the folder, since an
+# absolute one with a space breaks MariaDB's installer.
+
+SERVER_FOLDERS = ("/usr/sbin", "/usr/libexec", "/usr/local/sbin", "/usr/local/mysql/bin")
+SOCKET_PATH_MAX = 100
+SERVER_START_S, SERVER_STOP_S = 60.0, 60.0
+
+
+def find_server() -> str:
+    """The path of a mysqld or mariadbd on this machine; Problem if there is none."""
+    import shutil
+
+    path = os.pathsep.join([os.environ.get("PATH", ""), *SERVER_FOLDERS])
+    for name in ("mysqld", "mariadbd"):
+        found = shutil.which(name, path=path)
+        if found:
+            return found
+    raise Problem("no mysqld or mariadbd was found in PATH, " + ", ".join(SERVER_FOLDERS),
+                  "install one (Debian: apt install mariadb-server-core), or point DB_HOST "
+                  "at a server", UNAVAILABLE)
+
+
+class PrivateServer:
+    """A server in a folder of its own: start and stop, as often as one likes."""
+
+    def __init__(self, folder: str, program: str = "") -> None:
+        self.folder = os.path.abspath(folder)
+        self.program = program
+        self.log = os.path.join(self.folder, "server.log")
+
+    @property
+    def socket(self) -> str:
+        return private_socket(self.folder)
+
+    def running(self) -> int:
+        """The server's PID, or 0: it answers on its socket, and its PID file names it."""
+        try:
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(self.socket)
+            with open(os.path.join(self.folder, "mysqld.pid")) as file:
+                return int(file.read())
+        except (OSError, ValueError):
+            return 0
+
+    def start(self) -> bool:
+        """Have it run, with its data made if need be; False if it ran already."""
+        os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        with open(os.path.join(self.folder, "lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self.running():
+                return False
+            self.program = self.program or find_server()
+            self._place_socket()
+            if not os.path.isdir(os.path.join(self.folder, "data")):
+                self._install()
+            self._launch(lock.fileno())
+        return True
+
+    def stop(self) -> bool:
+        """Shut it down and wait for its end; False if it did not run."""
+        pid = self.running()
+        if not pid:
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        self._until(lambda: not self._alive(pid), SERVER_STOP_S, "did not stop")
+        return True
+
+    def _place_socket(self) -> None:
+        plain = os.path.join(self.folder, "mysqld.sock")
+        note = os.path.join(self.folder, "socket")
+        if len(os.fsencode(plain)) > SOCKET_PATH_MAX and not os.path.exists(note):
+            elsewhere = os.path.join(tempfile.mkdtemp(prefix="queuectl-"), "mysqld.sock")
+            with open(note, "w") as file:
+                file.write(elsewhere)
+
+    def _mariadb(self) -> bool:
+        """By its own word: Debian's `mysqld` may be MariaDB."""
+        told = subprocess.run([self.program, "--version"], stdin=subprocess.DEVNULL,
+                              capture_output=True, text=True, check=False)
+        return "mariadb" in told.stdout.lower()
+
+    def _install(self) -> None:
+        """Make the data folder beside its place, then move it there whole."""
+        import shutil
+
+        making = os.path.join(self.folder, "data.new")
+        shutil.rmtree(making, ignore_errors=True)
+        as_root = ["--user=root"] if os.geteuid() == 0 else []
+        if self._mariadb():
+            installer = shutil.which("mariadb-install-db") or shutil.which("mysql_install_db")
+            if not installer:
+                raise Problem("mariadb-install-db was not found beside " + self.program,
+                              "install the package that holds it", UNAVAILABLE)
+            command = [installer, "--no-defaults", "--datadir=data.new", "--skip-test-db",
+                       "--auth-root-authentication-method=normal", *as_root]
+        else:
+            command = [self.program, "--no-defaults", "--initialize-insecure",
+                       "--datadir=" + making, *as_root]
+        with open(self.log, "ab") as log:
+            done = subprocess.run(command, cwd=self.folder, stdin=subprocess.DEVNULL,
+                                  stdout=log, stderr=log, check=False)
+        if done.returncode or not os.path.isdir(making):
+            raise self._failure("could not make its data folder")
+        os.rename(making, os.path.join(self.folder, "data"))
+
+    def _launch(self, lock: int) -> None:
+        options = ["--no-defaults", "--datadir=" + os.path.join(self.folder, "data"),
+                   "--socket=" + self.socket, "--skip-networking",
+                   "--pid-file=" + os.path.join(self.folder, "mysqld.pid")]
+        options += ["--user=root"] if os.geteuid() == 0 else []
+        options += [] if self._mariadb() else ["--mysqlx=OFF"]
+        with open(self.log, "ab") as log:
+            server = subprocess.Popen(
+                [self.program, *options], cwd=self.folder, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, start_new_session=True)
+        self._until(lambda: bool(self.running()) or server.poll() is not None,
+                    SERVER_START_S, "did not answer")
+        if server.poll() is not None:
+            raise self._failure("did not start")
+        server.returncode = 0  # it outlives us
+
+    def _alive(self, pid: int) -> bool:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def _until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
+        until = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > until:
+                raise self._failure(f"{what} within {say_duration(seconds)}")
+            time.sleep(0.05)
+
+    def _failure(self, what: str) -> Problem:
+        profile = f"/etc/apparmor.d/usr.sbin.{os.path.basename(self.program)}"
+        hint = f"see {self.log}"
+        if os.path.exists(profile):
+            hint = (f"AppArmor confines {self.program} ({profile}): use a server that is "
+                    "already set up (DB_HOST), or let an administrator allow this folder")
+        return Problem(f"the private server {what}{_log_tail(self.log)}", hint, UNAVAILABLE)
+
+
+# ---- screen ------------------------------------------------------------------
+#
+# What people and programs read. Results go to standard output, talk to standard error.
+# No control character of a command or its output reaches a terminal.
+
+ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+ESCAPES.update({ord("\n"): "\\n", ord("\t"): "\\t", ord("\r"): "\\r"})
+ESCAPES.update({code: f"\\u{code:04x}" for code in  # those that turn text around
+                (0x200e, 0x200f, *range(0x2028, 0x202f), *range(0x2066, 0x206a))})
+MULTILINE = {code: text for code, text in ESCAPES.items() if code not in (9, 10)}
+BOX = ("┌─┬┐", "│ ││", "├─┼┤", "└─┴┘")
+ASCII_BOX = ("+-++", "| ||", "+-++", "+-++")
+
+
+def escaped(text: str) -> str:
+    """`text` on one line, with its control characters shown."""
+    return text.translate(ESCAPES)
+
+
+def say(text: str) -> None:
+    """A line of talk."""
+    print(text, file=sys.stderr)
+
+
+def put(text: str) -> None:
+    """A line of the result; what the locale cannot show becomes `?`."""
+    try:
+        print(text)
+    except UnicodeEncodeError:
+        encoding = sys.stdout.encoding or "ascii"
+        print(text.encode(encoding, "replace").decode(encoding))
+
+
+def put_json(document: Json) -> None:
+    print(json.dumps(document, ensure_ascii=True))
+
+
+def columns_of(text: str) -> int:
+    """How many columns a terminal gives `text`."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(0 if unicodedata.combining(char) else
+               2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+
+
+def fit(text: str, width: int) -> str:
+    """`text` padded to `width` columns, or cut with a mark."""
+    if columns_of(text) > width:
+        while text and columns_of(text) > width - 1:
+            text = text[:-1]
+        text += "…"
+    return text + " " * (width - columns_of(text))
+
+
+def terminal_width() -> int:
+    """Columns of the terminal; a generous width where there is none."""
+    if not sys.stdout.isatty():
+        return 200
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or 80
+    except OSError:
+        return 80
+
+
+def _box() -> Sequence[str]:
+    try:
+        "".join(BOX).encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return ASCII_BOX
+    return BOX
+
+
+def put_table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table; its last column gives way where the terminal is too narrow."""
+    cells = [[escaped("" if cell is None else str(cell)) for cell in row] for row in rows]
+    widths = [max(columns_of(row[at]) for row in [list(titles), *cells])
+              for at in range(len(titles))]
+    over = sum(widths) + 3 * len(widths) + 1 - terminal_width()
+    widths[-1] = max(min(widths[-1], 12), widths[-1] - max(0, over))
+    top, row_of, middle, bottom = _box()
+
+    def rule(shape: str) -> str:
+        return shape[0] + shape[2].join(shape[1] * (width + 2) for width in widths) + shape[3]
+
+    def line(row: Sequence[str]) -> str:
+        inside = f" {row_of[2]} ".join(fit(cell, width) for cell, width in zip(row, widths))
+        return f"{row_of[0]} {inside} {row_of[3]}"
+
+    put(rule(top))
+    put(line(list(titles)))
+    put(rule(middle))
+    for row in cells:
+        put(line(row))
+    put(rule(bottom))
+
+
+# ---- commands ----------------------------------------------------------------
+#
+# What a person can type. A command's name, arguments, help and body stand together; the
+# parser, --help, README's table and the tests read COMMANDS.
+
+class Arg(NamedTuple):
+    """One argument: the flags or the name, and what argparse is told of it."""
+
+    names: tuple[str, ...]
+    options: dict[str, object]
+
+
+def arg(*names: str, **options: object) -> Arg:
+    return Arg(names, options)
+
+
+class Command(NamedTuple):
+    """One thing a person can type."""
+
+    name: str
+    body: Callable[[argparse.Namespace], int | None]
+    args: tuple[Arg, ...]
+    examples: tuple[str, ...]
+
+    @property
+    def summary(self) -> str:
+        return (self.body.__doc__ or "").split("\n")[0].rstrip(".")
+
+
+COMMANDS: dict[str, Command] = {}
+Body = Callable[[argparse.Namespace], Optional[int]]
+
+
+def command(name: str, *args: Arg, examples: Sequence[str] = ()) -> Callable[[Body], Body]:
+    def declare(body: Body) -> Body:
+        COMMANDS[name] = Command(name, body, args, tuple(examples))
+        return body
+    return declare
+
+
+def option(kind: Kind[T]) -> Callable[[str], T]:
+    """A Kind as argparse wants it."""
+    def read(text: str) -> T:
+        try:
+            return kind.convert(text)
+        except (ValueError, OverflowError):
+            raise argparse.ArgumentTypeError(
+                f"expected {kind.expects}, not {excerpt(text)}") from None
+    return read
+
+
+AS_JSON = arg("--json", action="store_true", help="for programs: JSON, one object a line")
+IDS = arg("ids", nargs="+", metavar="ID", help="the job's id")
+ID = arg("id", metavar="ID", help="the job's id")
+LIMIT = arg("--limit", type=option(whole(0, 10**9)), metavar="N",
+            help="at most so many rows; 0: all (default 100, with --json all)")
+PID_FILE = arg("--pid-file", metavar="FILE",
+               help="the daemon's PID file (default $PID_FILE or ./workers.pid)")
+JOB_OPTIONS = tuple(
+    arg("--" + name.replace("_", "-"), dest=name, help=key.help, metavar=key.metavar,
+        **({"action": "append"} if name == "env" else {"type": option(key.kind)}))
+    for name, key in JOB_KEYS.items() if name != "command")
+
+
+def open_database(policy: Policy) -> Database:
+    return Database(find_target(Environment.read()), policy)
+
+
+@contextlib.contextmanager
+def office(policy: Policy = READING) -> Iterator[Office]:
+    """The queue as a person reaches it, with the settings in force."""
+    environment = Environment.read()
+    database = Database(find_target(environment), policy)
+    try:
+        configured = configure(environment, read_config(database))
+        yield Office(database, configured.settings)
+    finally:
+        database.close()
+
+
+def report(results: Iterable[Result], as_json: bool) -> int:
+    """Print what came of a verb on each job; 1 if one failed."""
+    status = 0
+    for result in results:
+        if as_json:
+            put_json({"id": result.id, "ok": result.ok, "state": result.state,
+                      "error": result.error})
+        elif result.ok:
+            put(f"job {result.id} {result.note}")
+        else:
+            say(f"queuectl: {result.error}")
+        status = status or int(not result.ok)
+    return status
+
+
+# -- enqueue
+
+@command(
+    "enqueue",
+    arg("json", nargs="?", metavar="JSON", help="a job, or an array of jobs; - is -f -"),
+    arg("-c", dest="command", metavar="CMD", type=option(JOB_KEYS["command"].kind),
+        help="a shell command"),
+    arg("-f", dest="file", metavar="FILE", help="a file of JSON jobs, one a line; - is input"),
+    arg("--lines", metavar="FILE", help="a file of commands, one a line; - is input"),
+    *JOB_OPTIONS,
+    arg("--if-absent", action="store_true", help="an id in use is passed over, not refused"),
+    arg("-q", "--quiet", action="store_true", help="print no ids"),
+    AS_JSON,
+    examples=("""enqueue '{"command":"echo hello","max_retries":3}'""",
+              "enqueue -c 'sleep 5 && echo done' --priority 10",
+              "enqueue -- tar czf /backup/etc.tgz /etc",
+              "find /data -name '*.wav' | sed 's/.*/flac &/' | queuectl enqueue --lines -"))
+def enqueue_jobs(args: argparse.Namespace) -> int:
+    """Add jobs to the queue.
+
+    A job comes as JSON, after -c, after --, or a line each from -f or --lines. Options
+    fill what the JSON leaves out. More than one job: all or none.
+    """
+    spool = _spool_jobs(args, _job_defaults(args))
+    if not len(spool):
+        return 0
+    database = open_database(WRITING)
+    try:
+        enqueue(database, spool, args.if_absent)
+        if not args.quiet:
+            _print_ids(database, spool, args)
+    finally:
+        database.close()
+    return 0
+
+
+def _job_defaults(args: argparse.Namespace) -> dict[str, object]:
+    values = {name: getattr(args, name) for name in JOB_KEYS
+              if name not in ("command", "env") and getattr(args, name) is not None}
+    if args.env:
+        pairs = [text.partition("=") for text in args.env]
+        if not all(name and sign for name, sign, _ in pairs):
+            raise Problem("--env: expected NAME=VALUE", status=USAGE)
+        values["env"] = JOB_KEYS["env"].kind.read_json(
+            {name: value for name, _, value in pairs}, "--env")
+    if "delay" in values and "run_at" in values:
+        raise Problem("--delay and --run-at: only one of them can be given", status=USAGE)
+    return values
+
+
+def _spool_jobs(args: argparse.Namespace, defaults: Job_Values) -> Spool:
+    if args.json == "-":
+        args.json, args.file = None, "-"
+    sources = [source for source in (args.json, args.command, args.rest or None, args.file,
+                                     args.lines) if source is not None]
+    if len(sources) != 1:
+        raise Problem("enqueue takes exactly one of: JSON, -c CMD, -- PROG ARG…, -f FILE, "
+                      f"--lines FILE; {len(sources)} were given",
+                      "see: queuectl help enqueue", USAGE)
+    if args.file is not None or args.lines is not None:
+        with _opened_input(args.file if args.file is not None else args.lines) as file:
+            return spool_lines(file, args.file is not None, defaults)
+    spool = Spool()
+    if args.json is not None:
+        document = parse_json(args.json)
+        for position, one in enumerate(document if isinstance(document, list) else [document]):
+            try:
+                spool.add(check_job(one, defaults))
+            except Problem as problem:
+                if isinstance(document, list):
+                    problem.what = f"job {position + 1} of the array: {problem.what}"
+                raise
+        return spool
+    text = args.command if args.command is not None else shlex.join(args.rest)
+    kind = JOB_KEYS["command"].kind
+    spool.add(complete_job({"command": kind.read(text, "command")}, defaults))
+    return spool
+
+
+@contextlib.contextmanager
+def _opened_input(path: str) -> Iterator[IO[bytes]]:
+    if path == "-":
+        yield sys.stdin.buffer
+        return
+    try:
+        file = open(path, "rb")
+    except OSError as error:
+        raise Problem(f"cannot read {path}: {error.strerror}", status=USAGE) from None
+    with file:
+        yield file
+
+
+def _print_ids(database: Database, spool: Spool, args: argparse.Namespace) -> None:
+    """The ids, a page at a time; with --if-absent the states as they are now."""
+    page: list[dict[str, object]] = []
+
+    def put_page() -> None:
+        states = states_of(database, [str(one["id"]) for one in page]) if args.if_absent else {}
+        for one in page:
+            job_id, state = str(one["id"]), str(one.get("state", State.PENDING))
+            if args.json_output:
+                put_json({"id": job_id, "state": states.get(job_id, state)})
+            else:
+                put(job_id)
+        page.clear()
+
+    for values in spool:
+        page.append({"id": values["id"], "state": values.get("state", State.PENDING)})
+        if len(page) == PAGE:
+            put_page()
+    put_page()
+
+
+# -- workers
+
+@command(
+    "worker start",
+    arg("--count", type=option(whole(1, 1024)), default=1, metavar="N",
+        help="jobs at once (default 1)"),
+    arg("--daemon", action="store_true", help="run in the background, with a PID file"),
+    arg("--queue", action="append", metavar="A,B", help="serve these queues only"),
+    arg("--drain", action="store_true", help="exit 0 once nothing is left to run"),
+    arg("--grace", type=option(duration()), metavar="D",
+        help="after a stop, end running jobs after so long and hand them back"),
+    PID_FILE,
+    arg("--log-file", metavar="FILE",
+        help="the daemon's log (default workers.log beside the PID file)"),
+    examples=("worker start --count 2", "worker start --count 8 --daemon",
+              "worker start --queue etl,mail --drain"))
+def worker_start(args: argparse.Namespace) -> int:
+    """Run jobs, here or as a daemon.
+
+    Ctrl-C or TERM lets running jobs end; a second one ends them and hands them back.
+    """
+    environment = Environment.read()
+    target = find_target(environment)
+    names = [name for part in args.queue or [] for name in part.split(",") if name]
+    queues = tuple(dict.fromkeys(QUEUE_NAME.read(name, "--queue") for name in names))
+    if args.queue and not queues:
+        raise Problem("--queue names no queue", status=USAGE)
+    database = Database(target, WRITING)
+    try:
+        configured = configure(environment, read_config(database))
+    finally:
+        database.close()
+    for complaint in [*configured.complaints, *_readable_dotenv(environment)]:
+        say(f"queuectl: warning: {complaint}")
+    log = Log()
+    crew = Crew(target, environment, configured.settings, queues, args.drain, args.grace,
+                sys.stderr.isatty(), log.say)
+    pid_file = args.pid_file or (environment.get("PID_FILE") if args.daemon else "")
+    log_file = args.log_file or os.path.join(os.path.dirname(pid_file), "workers.log")
+    return launch(crew, Launch(args.count, args.daemon,
+                               os.path.abspath(pid_file) if pid_file else "",
+                               os.path.abspath(log_file)))
+
+
+def _readable_dotenv(environment: Environment) -> list[str]:
+    """A .env that others can read."""
+    found = []
+    for source, variables in environment.layers[1:]:
+        with contextlib.suppress(OSError):
+            if variables and os.stat(source).st_mode & 0o077:
+                found.append(f"others can read {source}; mend it: chmod 600 {source}")
+    return found
+
+
+@command(
+    "worker stop", PID_FILE,
+    arg("--timeout", type=option(duration()), default=math.inf, metavar="D",
+        help="wait no longer than this; still stopping: exit 124"),
+    arg("--now", action="store_true", help="end running jobs and hand them back"),
+    examples=("worker stop", "worker stop --timeout 30s", "worker stop --now"))
+def worker_stop(args: argparse.Namespace) -> int:
+    """Stop the daemon: its running jobs may end first."""
+    environment = Environment.read()
+
+    def waits_for(pid: int) -> str:
+        with contextlib.suppress(Problem):
+            database = Database(find_target(environment),
+                                dataclasses.replace(READING, timeout_s=2))
+            ids = Office(database, Settings()).running_under(socket.gethostname(), pid)
+            more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
+            return f", waiting for {', '.join(ids[:5])}{more}" if ids else ""
+        return ""
+
+    path = args.pid_file or environment.get("PID_FILE")
+    return stop_daemon(path, args.now, args.timeout, waits_for)
+
+
+@command("worker list", AS_JSON, examples=("worker list", "worker list --json"))
+def worker_list(args: argparse.Namespace) -> None:
+    """Show the worker processes of all hosts."""
+    with office() as desk:
+        rows = desk.workers()
+    if args.json:
+        for row in rows:
+            put_json(row)
+        return
+    _put_workers(rows)
+    slots = sum(int(str(row["slots"])) for row in rows)
+    hosts = len({row["host"] for row in rows})
+    put(f"{slots} slot{'s' * (slots != 1)} on {hosts} host{'s' * (hosts != 1)}")
+
+
+def _put_workers(rows: Sequence[dict[str, Json]]) -> None:
+    put_table(["Worker", "Host", "PID", "Busy", "Heartbeat", "State", "Queues"],
+              [[row["id"], row["host"], row["pid"], f"{row['busy']}/{row['slots']}",
+                row["heartbeat_at"], row["state"], _joined(row["queues"])] for row in rows])
+
+
+def _joined(value: Json) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) and value else "all"
+
+
+# -- looking
+
+@command(
+    "status", arg("--exact", action="store_true", help="count every job, however many"),
+    arg("--watch", nargs="?", type=option(number(0.1, 3600)), const=2.0, metavar="S",
+        help="show it again every S seconds (default 2)"),
+    PID_FILE, AS_JSON, examples=("status", "status --watch", "status --json"))
+def status(args: argparse.Namespace) -> None:
+    """Count jobs by state, and show the daemon, queues and workers."""
+    environment = Environment.read()
+    path = args.pid_file or environment.get("PID_FILE")
+    with office() as desk:
+        while True:
+            if args.watch and sys.stdout.isatty() and not args.json:
+                put("\x1b[2J\x1b[H")
+            _put_status(desk, path, args)
+            if not args.watch:
+                return
+            sys.stdout.flush()
+            time.sleep(args.watch)
+
+
+def _put_status(desk: Office, path: str, args: argparse.Namespace) -> None:
+    counts, capped = desk.states(args.exact)
+    queues, workers, standing = desk.queues(), desk.workers(), probe_pid_file(path)
+    target = desk.database.target
+    where = f"{target} (from {target.source})"
+    if args.json:
+        put_json({"database": where, "states": dict(counts), "capped": list(capped),
+                  "queues": list(queues), "workers": list(workers),
+                  "daemon": {"pid_file": path, "pid": standing.pid or None,
+                             "alive": standing.alive}})
+        return
+    put(f"database: {where}")
+    put("Job counts by state:")
+    always = list(State)[:5]
+    put_table(["State", "Count"],
+              [[state, f"{counts[state]}{'+' * (state in capped)}"] for state in State
+               if state in always or counts[state]])
+    if not standing.found:
+        put(f"No worker PID file at {path}")
+    elif standing.alive:
+        put(f"Worker PID file found at {path}\n{standing.pid}")
+    else:
+        put(f"Worker PID file found at {path} (stale, no daemon holds it)")
+    if queues:
+        put_table(["Queue", "Pending", "Processing"],
+                  [[row["queue"], row["pending"], row["processing"]] for row in queues])
+    if workers:
+        _put_workers(workers)
+    for name in _unserved(queues, workers):
+        say(f"warning: jobs wait in queue {name}, and no live worker serves it; start one: "
+            f"queuectl worker start --queue {name}")
+
+
+def _unserved(queues: Sequence[dict[str, Json]],
+              workers: Sequence[dict[str, Json]]) -> list[str]:
+    served = [row["queues"] for row in workers if row["state"] == "running"]
+    return [str(row["queue"]) for row in queues if row["pending"]
+            and not any(not names or row["queue"] in names for names in served
+                        if isinstance(names, list))]
+
+
+@command(
+    "list",
+    arg("--state", metavar="S", help="only jobs in this state"),
+    arg("--queue", type=option(QUEUE_NAME), metavar="Q", help="only jobs of this queue"),
+    LIMIT, AS_JSON,
+    examples=("list", "list --state failed", "list --state pending --queue etl --json"))
+def list_jobs(args: argparse.Namespace) -> None:
+    """List jobs, the newest first."""
+    if args.state is not None and args.state not in list(State):
+        raise Problem(f"--state: no such state: {excerpt(args.state)}",
+                      nearest(args.state, list(State)) or f"states: {' '.join(State)}", USAGE)
+    limit = args.limit if args.limit is not None else 0 if args.json else 100
+    with office() as desk:
+        views = desk.jobs(args.state, args.queue, limit)
+        if args.json:
+            for view in views:
+                put_json(view.as_json())
+            return
+        shown = list(views)
+        total = desk.count(args.state, args.queue) if len(shown) == limit else len(shown)
+    put_table(["Id", "State", "Attempt", "Queue", "When", "Command"],
+              [[view.id, view.state, f"{view.attempts}/{view.allowed}", view.queue,
+                _when(view), view.command[:400]] for view in shown])
+    if total > len(shown):
+        say(f"{len(shown):,} of {total:,}; --limit 0 for all")
+
+
+def _when(view: View) -> str:
+    """The time that matters in this state."""
+    moment = {State.PROCESSING: view.started_at, State.PENDING: view.created_at,
+              State.SCHEDULED: view.next_run_at, State.FAILED: view.next_run_at,
+              State.BLOCKED: view.created_at}.get(view.state, view.finished_at)
+    return (moment or "")[:19].replace("T", " ")
+
+
+@command("show", ID, AS_JSON, examples=("show my-first-job", "show my-first-job --json"))
+def show(args: argparse.Namespace) -> None:
+    """Show all of one job: its settings, history and output."""
+    with office() as desk:
+        whole_job = desk.whole(args.id)
+    view, history = whole_job.view, whole_job.history
+    output = whole_job.output.decode("utf-8", "replace")
+    if args.json:
+        put_json({**view.as_json(), "cwd": whole_job.cwd, "env": dict(whole_job.env),
+                  "after": list(whole_job.after), "output": output,
+                  "history": [run.as_json() for run in history]})
+        return
+    facts = {**view.as_json(), "attempts": f"{view.attempts}/{view.allowed}",
+             "cwd": whole_job.cwd, "env": " ".join(f"{name}=***" for name in whole_job.env),
+             "after": " ".join(whole_job.after)}
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        if value not in (None, ""):
+            put(f"{name:{width}}  {escaped(str(value))}")
+    if history:
+        put("history:")
+        put_table(["Run", "Attempt", "Started", "Seconds", "Exit", "Reason", "Worker", "Detail"],
+                  [[run.run, run.attempt, run.started_at, _seconds(run.duration),
+                    run.exit_code, run.reason or "running", run.worker, run.detail]
+                   for run in history])
+    if output:
+        put("output:")
+        put(output.translate(MULTILINE).rstrip("\n"))
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+@command("logs", ID, examples=("logs my-first-job", "logs my-first-job > out.bin"))
+def logs(args: argparse.Namespace) -> None:
+    """Print the output of a job's last run; raw where it is not a terminal."""
+    with office() as desk:
+        whole_job = desk.whole(args.id)
+    if sys.stdout.isatty():
+        put(whole_job.output.decode("utf-8", "replace").translate(MULTILINE).rstrip("\n"))
+    else:
+        sys.stdout.buffer.write(whole_job.output)
+    if not whole_job.history:
+        say(f"job {args.id} is {whole_job.view.state} and has not run yet")
+
+
+@command("cancel", IDS, AS_JSON, examples=("cancel my-first-job", "cancel a b c"))
+def cancel(args: argparse.Namespace) -> int:
+    """Cancel jobs: waiting ones now, running ones by their workers."""
+    with office(WRITING) as desk:
+        return report((desk.cancel(job_id) for job_id in args.ids), args.json)
+
+
+# -- dead letters
+
+@command("dlq list", LIMIT, AS_JSON, examples=("dlq list", "dlq list --json"))
+def dlq_list(args: argparse.Namespace) -> None:
+    """List the dead jobs, the last to die first."""
+    limit = args.limit if args.limit is not None else 0 if args.json else 100
+    with office() as desk:
+        letters = desk.dead_letters(limit)
+        total = desk.count_dead_letters() if len(letters) == limit else len(letters)
+    if args.json:
+        for view, died_at in letters:
+            put_json({**view.as_json(), "died_at": died_at})
+        return
+    put_table(["Id", "Attempt", "Exit", "Reason", "Died", "Queue", "Command"],
+              [[view.id, f"{view.attempts}/{view.allowed}", view.exit_code, view.reason,
+                (died_at or "")[:19].replace("T", " "), view.queue, view.command[:400]]
+               for view, died_at in letters])
+    if total > len(letters):
+        say(f"{len(letters):,} of {total:,}; --limit 0 for all")
+
+
+@command(
+    "dlq retry", IDS,
+    arg("--retries", type=option(whole(1, 1000)), default=1, metavar="N",
+        help="grant so many more runs (default 1)"),
+    arg("--reset", action="store_true", help="start the count of attempts again"),
+    AS_JSON, examples=("dlq retry my-first-job", "dlq retry a b --retries 3"))
+def dlq_retry(args: argparse.Namespace) -> int:
+    """Put dead jobs back: due now, attempts kept, one more run granted."""
+    with office(WRITING) as desk:
+        return report((desk.revive(job_id, args.retries, args.reset) for job_id in args.ids),
+                      args.json)
+
+
+# -- settings
+
+def _known(key: str) -> str:
+    if key not in KNOBS:
+        raise Problem(f"no such setting: {excerpt(key)}",
+                      nearest(key, KNOBS) or f"settings: {' '.join(KNOBS)}", USAGE)
+    return key
+
+
+KEY = arg("key", metavar="KEY", help="the setting's name")
+
+
+@command("config set", KEY, arg("value", metavar="VALUE", help="its new value"),
+         examples=("config set backoff_base 3", "config set job_timeout 10m"))
+def config_set(args: argparse.Namespace) -> None:
+    """Store a setting; running workers take it within seconds."""
+    kind: Kind[object] = KNOBS[_known(args.key)].metadata["kind"]
+    kind.read(args.value, args.key)
+    with office(WRITING) as desk:
+        desk.set_config(args.key, args.value)
+        settings = configure(Environment(()), read_config(desk.database)).settings
+    hidden = Environment.read().find(variable_of(args.key))
+    if hidden:
+        say(f"queuectl: warning: {variable_of(args.key)}={excerpt(hidden[0])} "
+            f"({hidden[1]}) hides it here")
+    if settings.lease_s > settings.worker_timeout:
+        say(f"queuectl: warning: worker_timeout is under 4 heartbeats; the lease is "
+            f"{say_duration(settings.lease_s)}")
+
+
+@command("config get", KEY, examples=("config get backoff_base",))
+def config_get(args: argparse.Namespace) -> None:
+    """Print the value in force."""
+    key = _known(args.key)
+    environment = Environment.read()
+    with _config_database() as database:
+        put(configure(environment, read_config(database)).origins[key][1])
+
+
+@command("config unset", KEY, examples=("config unset backoff_base",))
+def config_unset(args: argparse.Namespace) -> None:
+    """Remove a stored setting: its default holds again."""
+    _known(args.key)
+    with office(WRITING) as desk:
+        desk.set_config(args.key, None)
+
+
+@command("config list", AS_JSON, examples=("config list",))
+def config_list(args: argparse.Namespace) -> None:
+    """Show every setting: its value, where that comes from, and its default."""
+    environment = Environment.read()
+    with _config_database() as database:
+        configured = configure(environment, read_config(database))
+    for complaint in configured.complaints:
+        say(f"queuectl: warning: {complaint}")
+    rows = [(key, *configured.origins[key], field.metadata["default"], field.metadata["help"])
+            for key, field in KNOBS.items()]
+    if args.json:
+        for key, source, _, default, text in rows:
+            value = getattr(configured.settings, key)
+            put_json({"key": key, "value": sorted(value) if isinstance(value, frozenset)
+                      else value, "source": source, "default": default, "help": text})
+        return
+    put_table(["Key", "Value", "Source", "Default", "Help"],
+              [[key, value, source, default, text] for key, source, value, default, text in rows])
+
+
+@contextlib.contextmanager
+def _config_database() -> Iterator[Database]:
+    database = open_database(READING)
+    try:
+        yield database
+    finally:
+        database.close()
+
+
+# -- the database
+
+@command("db init", examples=("db init",))
+def db_init(args: argparse.Namespace) -> None:
+    """Create the database and its tables, or bring older ones up to date."""
+    put(init_database(find_target(Environment.read())))
+
+
+@command("db schema", examples=("db schema | mysql -u root -p",))
+def db_schema(args: argparse.Namespace) -> None:
+    """Print the schema, as migrations.sql has it."""
+    put(schema_for(Environment.read().get("DB_NAME")).rstrip("\n"))
+
+
+@command("db start", examples=("db start",))
+def db_start(args: argparse.Namespace) -> None:
+    """Start a private MySQL in ./.queuectl, for a machine without one."""
+    target = find_target(Environment.read())
+    folder = find_private_folder() or PRIVATE_FOLDER
+    if target.source not in ("default", PRIVATE_FOLDER):
+        raise Problem(f"the private server would not be used: {target.source} names {target}",
+                      "remove DB_HOST, DB_PORT and DB_SOCKET there, or go on with that server")
+    server = PrivateServer(folder)
+    started = server.start()
+    put(f"private server {'started' if started else 'runs already'} in {folder}, "
+        f"PID {server.running()}")
+    put(init_database(find_target(Environment.read())))
+
+
+@command("db stop", examples=("db stop",))
+def db_stop(args: argparse.Namespace) -> None:
+    """Stop the private server; its data stays."""
+    folder = find_private_folder()
+    if not folder or not PrivateServer(folder).stop():
+        say("queuectl: no private server runs here")
+        return
+    put(f"private server in {folder} stopped")
+
+
+# ---- main --------------------------------------------------------------------
+#
+# One door in, one door out: main finds the command, builds its parser alone, runs it,
+# and turns a Problem into its message and exit status.
+
+GROUPS = (("jobs", ("enqueue", "list", "show", "logs", "cancel")),
+          ("workers", ("worker start", "worker stop", "worker list", "status")),
+          ("dead letters", ("dlq list", "dlq retry")),
+          ("settings", ("config set", "config get", "config unset", "config list")),
+          ("database", ("db init", "db schema", "db start", "db stop")))
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that raises Problems."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Problem(message, f"see: {self.prog} --help", USAGE)
+
+
+def find_command(words: Sequence[str]) -> tuple[Command, list[str]]:
+    """The command that `words` name, wherever its words stand, and the other words."""
+    firsts = {name.split()[0] for name in COMMANDS}
+    plain = [at for at, word in enumerate(words) if not word.startswith("-")]
+    at = next((at for at in plain if words[at] in firsts), None)
+    if at is None:
+        word = words[plain[0]] if plain else ""
+        raise Problem(f"no such command: {excerpt(word)}" if word else "no command is given",
+                      nearest(word, [*firsts, *COMMANDS]) or "see: queuectl", USAGE)
+    first, rest = words[at], [*words[:at], *words[at + 1:]]
+    if first in COMMANDS:
+        return COMMANDS[first], rest
+    seconds = [name.split()[1] for name in COMMANDS if name.startswith(first + " ")]
+    second = next((spot for spot in range(at, len(rest)) if rest[spot] in seconds), None)
+    if second is None:
+        given = next((word for word in rest[at:] if not word.startswith("-")), "")
+        raise Problem(f"{first}: no such command: {excerpt(given)}" if given
+                      else f"{first}: which of its commands?",
+                      nearest(given, seconds) or f"{first} {'|'.join(seconds)}", USAGE)
+    name = f"{first} {rest[second]}"
+    return COMMANDS[name], [*rest[:second], *rest[second + 1:]]
+
+
+def parser_of(found: Command) -> Parser:
+    lines = "".join(f"\n  queuectl {line}" if not line.startswith("find ") else f"\n  {line}"
+                    for line in found.examples)
+    parser = Parser(prog=f"queuectl {found.name}", allow_abbrev=False,
+                    description=found.body.__doc__, epilog=f"examples:{lines}",
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    for names, options in found.args:
+        if found.name == "enqueue" and names == ("--json",):
+            options = {**options, "dest": "json_output"}
+        parser.add_argument(*names, **options)  # type: ignore[arg-type]
+    return parser
+
+
+def put_overview() -> None:
+    """Every command in its group, one line each."""
+    put("queuectl: a queue of shell commands, kept in MySQL")
+    for title, names in GROUPS:
+        put(f"\n{title}:")
+        for name in names:
+            put(f"  {name:14} {COMMANDS[name].summary}")
+    put("\nqueuectl help COMMAND says more about one; --version what runs here.")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Do what the command line says; the exit status."""
+    words = list(argv)
+    cut = words.index("--") if "--" in words else len(words)
+    words, rest = words[:cut], words[cut + 1:]
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    if not [word for word in words if word not in ("-h", "--help")]:
+        if rest:
+            raise Problem("no command is given before --", "see: queuectl", USAGE)
+        put_overview()
+        return 0
+    if words == ["--version"]:
+        put(f"queuectl {VERSION}, schema {SCHEMA_VERSION}, PyMySQL {driver_version()}, "
+            f"Python {sys.version.split()[0]}")
+        return 0
+    found, left = find_command(words)
+    args = parser_of(found).parse_intermixed_args(left)
+    if rest and found.name != "enqueue":
+        args = parser_of(found).parse_intermixed_args([*left, *rest])
+    args.rest = rest
+    return found.body(args) or 0
+
+
+def main() -> int:
+    """Run, and turn what goes wrong into a message and an exit status."""
+    try:
+        status_code = run(sys.argv[1:])
+        sys.stdout.flush()
+        return status_code
+    except Problem as problem:
+        print(f"queuectl: {problem.what}", file=sys.stderr)
+        if problem.hint:
+            print(f"  {problem.hint}", file=sys.stderr)
+        return problem.status
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone (list | head); Python must not find that out again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
