@@ -3885,7 +3885,7 @@ class PrivateServer:
             if not installer:
                 raise Problem("mariadb-install-db was not found beside " + self.program,
                               "install the package that holds it", UNAVAILABLE)
-            command = [installer, "--no-defaults", "--datadir=data.new", "--skip-test-db",
+            command = [installer, "--no-defaults", "--datadir=./data.new", "--skip-test-db",
                        "--auth-root-authentication-method=normal", *as_root]
         else:
             command = [self.program, "--no-defaults", "--initialize-insecure",
