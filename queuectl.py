@@ -1047,7 +1047,8 @@ class Database:
             try:
                 connection = self._open(host, port)
                 if self._prepare(connection.cursor()) or len(hosts) == 1:
-                    setattr(connection, "_read_timeout", self.policy.timeout_s)
+                    connection._read_timeout = (  # type: ignore[attr-defined]
+                        self.policy.timeout_s)
                     return connection
                 failure = failure or _driver().OperationalError(
                     1290, f"{host}:{port} takes no writes")
@@ -1063,32 +1064,33 @@ class Database:
         raise failure or AssertionError("no host")
 
     def _open(self, host: str, port: int) -> Connection:
-        connect, mode = _driver().connect, self.target.ssl_mode
-        patience = max(1.0, min(5.0, self.policy.patience_s, self.policy.timeout_s))
-        options: dict[str, object] = {
-            "user": self.target.user, "password": self.target.password.encode(),
-            "database": None if self.bare else self.target.database, "charset": "utf8mb4",
-            "autocommit": True, "connect_timeout": patience, "read_timeout": patience,
-            "write_timeout": self.policy.timeout_s, "client_flag": _FOUND_ROWS,
-            "auth_plugin_map": {"mysql_clear_password": RefuseClearText,
-                                "dialog": RefuseClearText},
-        }
-        if self.target.socket:
-            return connect(**options, unix_socket=self.target.socket,  # type: ignore
-                           ssl_disabled=True)
-        options.update(host=host, port=port)
-        if mode == "disabled":
-            return connect(**options, ssl_disabled=True)  # type: ignore[arg-type]
+        """A connection with TLS as DB_SSL_MODE says; `preferred` does without if it must."""
+        mode = self.target.ssl_mode
+        if self.target.socket or mode == "disabled":
+            return self._dial(host, port, None)
         try:
-            connection = connect(**options, ssl=self._context())  # type: ignore[arg-type]
+            connection = self._dial(host, port, self._context())
         except _driver().OperationalError as error:
             if mode != "preferred" or error.args[0] != 2026:
                 raise
-            return connect(**options, ssl_disabled=True)  # type: ignore[arg-type]
-        if mode != "preferred" and not hasattr(getattr(connection, "_sock"), "cipher"):
-            connection.close()
+            return self._dial(host, port, None)
+        plain = not hasattr(connection._sock, "cipher")  # type: ignore[attr-defined]
+        if plain and mode != "preferred":
+            connection.close()  # before 1.2, PyMySQL goes on in plain text
             raise _driver().OperationalError(2026, "the server does not offer TLS")
         return connection
+
+    def _dial(self, host: str, port: int, tls: ssl.SSLContext | None) -> Connection:
+        patience = max(1.0, min(5.0, self.policy.patience_s, self.policy.timeout_s))
+        refuse: dict[str, Callable[[Connection], object]] = {
+            "mysql_clear_password": RefuseClearText, "dialog": RefuseClearText}
+        return _driver().connect(
+            user=self.target.user, password=self.target.password.encode(), host=host,
+            port=port, unix_socket=self.target.socket or None,
+            database=None if self.bare else self.target.database, charset="utf8mb4",
+            autocommit=True, client_flag=_FOUND_ROWS, auth_plugin_map=refuse, ssl=tls,
+            ssl_disabled=tls is None, connect_timeout=patience, read_timeout=patience,
+            write_timeout=self.policy.timeout_s)
 
     def _context(self) -> ssl.SSLContext:
         """One TLS context for all connections: loading authorities costs 20 ms."""
@@ -1232,7 +1234,8 @@ def check_schema(row: Row | None, database: str) -> None:
 def insert_rows(cursor: Cursor, packet_bytes: int, head: str,
                 rows: Iterable[tuple[str, Sequence[object]]], tail: str = "") -> None:
     """INSERT `rows`, each (template, arguments), in statements of a quarter packet at most."""
-    limit, parts, size = packet_bytes // 4, [], 0
+    limit, size = packet_bytes // 4, 0
+    parts: list[str] = []
     for template, arguments in rows:
         part = cursor.mogrify(template, tuple(arguments))
         length = 4 * len(part) if not part.isascii() else len(part)
@@ -1935,7 +1938,8 @@ class Desk:
              WHERE state = 'pending' AND queue = %s
              ORDER BY claim_order, seq LIMIT %s FOR UPDATE SKIP LOCKED
             """, (name, wanted))
-        seqs, more = [], True
+        seqs: list[int] = []
+        more = True
         for seq, losses in cursor.fetchall():
             if int(losses) >= ALONE_AFTER_LOSSES:
                 more = False
@@ -2887,7 +2891,7 @@ def _all_pids() -> list[int]:
 def end_marked(marks: Sequence[str], grace_s: float) -> None:
     """End what an earlier worker left running of these runs, and wait until it is gone."""
     kill_at = time.monotonic() + grace_s
-    number = signal.SIGTERM
+    number = int(signal.SIGTERM)
     while marks:
         marks = [mark for mark in marks if _signal_strays(mark, 0, number)[0]]
         number = signal.SIGKILL if time.monotonic() >= kill_at else 0
@@ -3117,8 +3121,8 @@ class Worker:
             end_marked(marks, self.settings.kill_grace)
             taken = self._desk.take_over(worker, -1)
             notes.append(f"worker {worker} died; {taken} runs written off as lost")
-        for worker, marks in self._desk.dead_neighbours(is_gone).items():
-            end_marked(marks, self.settings.kill_grace)
+        for worker, found in self._desk.dead_neighbours(is_gone).items():
+            end_marked(found, self.settings.kill_grace)
             taken = self._desk.take_over(worker, -1)
             notes.append(f"worker {worker} of this host is gone; {taken} runs taken over")
         self._desk.register()
