@@ -1624,6 +1624,14 @@ class Look:
     drained: bool
 
 
+class Change(NamedTuple):
+    """One ended run and what it makes of its job: a row of the plan."""
+
+    held: Held
+    end: End
+    verdict: Verdict
+
+
 @dataclass(frozen=True)
 class Turn:
     """What came of a turn."""
@@ -1632,7 +1640,16 @@ class Turn:
     jobs: Sequence[Job] = ()
     look: Look | None = None
     due_s: float = math.inf  # until the next delayed or failed job is due
+    changes: Sequence[Change] = ()  # what became of the jobs that ended
     notes: Sequence[str] = ()  # for the log
+
+
+class Settled(NamedTuple):
+    """The answer of a turn's transaction: whether we live, the next due time, the plan."""
+
+    alive: bool
+    due_s: float = math.inf
+    changes: Sequence[Change] = ()
 
 
 @dataclass(frozen=True)
@@ -1646,14 +1663,6 @@ class Identity:
     process: str  # boot, PID namespace and start time: see process_identity
     slots: int
     queues: tuple[str, ...]  # none: all
-
-
-class Change(NamedTuple):
-    """One ended run and what it makes of its job: a row of the plan."""
-
-    held: Held
-    end: End
-    verdict: Verdict
 
 
 def held_from(row: Row, settings: Settings) -> Held:
@@ -1694,7 +1703,7 @@ class Desk:
         """Settle what ended, claim up to `free` jobs, and look around where asked."""
         token = secrets.token_hex(8)
         try:
-            alive, due_s = self.database.transact(
+            alive, due_s, changes = self.database.transact(
                 lambda cursor: self._turn(cursor, ask, token),
                 lambda cursor: self._look_back(cursor, ask, token))
         except RowRefused as refused:
@@ -1706,9 +1715,9 @@ class Desk:
         if ask.look:
             look = self.database.read(lambda cursor: self._look(cursor, ask, token))
         notes = self._look_after_others() if ask.judge else []
-        return Turn(True, jobs, look, due_s, notes)
+        return Turn(True, jobs, look, due_s, changes, notes)
 
-    def _turn(self, cursor: Cursor, ask: Ask, token: str) -> tuple[bool, float]:
+    def _turn(self, cursor: Cursor, ask: Ask, token: str) -> Settled:
         self._marked = []
         cursor.execute(
             """
@@ -1718,7 +1727,7 @@ class Desk:
              WHERE id = %s AND lost_at IS NULL
             """, (len(ask.running), ask.state, self.settings.lease_s, self.me.id))
         if not cursor.rowcount:
-            return False, math.inf
+            return Settled(False)
         changes = self._settle(cursor, ask.ended)
         if ask.flushes:
             self._flush(cursor, ask.flushes)
@@ -1728,9 +1737,9 @@ class Desk:
             due_s = self._promote(cursor)
         if ask.free:
             self._claim(cursor, ask, token)
-        return True, due_s
+        return Settled(True, due_s, changes)
 
-    def _look_back(self, cursor: Cursor, ask: Ask, token: str) -> tuple[bool, float] | None:
+    def _look_back(self, cursor: Cursor, ask: Ask, token: str) -> Settled | None:
         """Whether a turn whose COMMIT was not answered was carried out.
 
         Locking reads: a plain one was seen to miss a commit that came half a second later.
@@ -1738,7 +1747,7 @@ class Desk:
         ended = {held.seq: held.token for held, _ in ask.ended}
         seqs = sorted({*self._marked, *ended})
         if not seqs:
-            return True, 0.0
+            return Settled(True)
         cursor.execute(
             f"""
             SELECT seq, token FROM jobs FORCE INDEX (PRIMARY)
@@ -1747,7 +1756,7 @@ class Desk:
         found = {int(row[0]): row[1] for row in cursor.fetchall()}
         ours = any(found.get(seq) == token for seq in self._marked)
         settled = any(found.get(seq) != held for seq, held in ended.items())
-        return (True, 0.0) if ours or settled else None
+        return Settled(True, 0.0) if ours or settled else None
 
     def _turn_without(self, ask: Ask, refused: RowRefused) -> Turn:
         """One bad row never blocks the rest: settle one by one, the guilty without output."""
@@ -2617,15 +2626,17 @@ class Process:
         self.started = time.monotonic()
         self.check_at = self.started + job.timeout_s if job.timeout_s else math.inf
         self._kill_at = math.inf
-        self.pipe, write_end = os.pipe()
-        os.set_blocking(self.pipe, False)
+        self.pipe = write_end = -1
         try:
+            self.pipe, write_end = os.pipe()
+            os.set_blocking(self.pipe, False)
             self.pid = self._spawn(write_end, environment)
         except (OSError, ValueError) as error:
             self.failure = f"{error}, on {socket.gethostname()}"
             self.gone = True
         finally:
-            os.close(write_end)
+            if write_end >= 0:
+                os.close(write_end)
 
     def _spawn(self, write_end: int, environment: Mapping[bytes, bytes]) -> int:
         held, cwd = self.job.held, self.job.cwd
@@ -2768,10 +2779,16 @@ class Process:
         if ended_by:
             return Reason.SIGNAL, code, f"ended by {_signal_name(ended_by)}"
         if code in (126, 127):
-            path = os.environ.get("PATH", "")
-            return Reason.EXIT, code, (f"in {self.job.cwd or os.getcwd()} on "
-                                       f"{socket.gethostname()}, PATH={path}")
+            return Reason.EXIT, code, (f"in {self.job.cwd or _here()} on {socket.gethostname()}, "
+                                       f"PATH={os.environ.get('PATH', '')}")
         return Reason.EXIT, code, ""
+
+
+def _here() -> str:
+    try:
+        return os.getcwd()
+    except OSError:
+        return "a directory that is gone"
 
 
 def _signal_name(number: int) -> str:
@@ -2931,8 +2948,10 @@ def is_gone(pid: int, identity: str) -> bool:
 RESULTS_WAIT_S = 30.0
 FORCED_WAIT_S = 0.5
 LOOK_WHEN_DRAINING_S = 0.2
+NOTHING_TO_SETTLE_WAIT_S = 5.0
+NOW = signal.SIGUSR1  # from the supervisor: end what runs; a terminal cannot send it
 HANDLED = (signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM,
-           signal.SIGPIPE)
+           signal.SIGPIPE, NOW)
 
 
 class Ledger:
@@ -3077,7 +3096,7 @@ class Worker:
         self.opened = self.retiring = self.retired = self.forced = False
         self.stopping = False
         self.grace_at = self.give_up_at = math.inf
-        self.next_look = self.next_judge = 0.0
+        self.next_look = self.next_judge = self.hold_until = 0.0
         self.status = 0
         self._selector = selectors.DefaultSelector()
         self._read_wake, wake = catch_signals()
@@ -3134,9 +3153,9 @@ class Worker:
 
     def _ask(self) -> None:
         """Hand the clerk a turn, if it is free and there is something to say."""
-        if self._clerk.busy or not self.opened or self.retired:
-            return
         now = time.monotonic()
+        if self._clerk.busy or not self.opened or self.retired or now < self.hold_until:
+            return
         flushes = [one for process in self.processes.values()
                    if now >= process.flush_at for one in [process.flush()] if one]
         look = now >= self.next_look
@@ -3190,19 +3209,22 @@ class Worker:
 
     def _on_refused(self, problem: Problem) -> None:
         """The schema has moved on, or the tables are gone: nothing can be settled here."""
-        self.crew.say(f"{problem.what}; stopping")
+        if not self.stopping:
+            self.crew.say(f"{problem.what}; stopping")
         if self.in_flight:
             self.ended = [*self.in_flight.ended, *self.ended]
             self.in_flight = None
         self.status = 1
         self._stop()
-        self.next_look = time.monotonic() + LONGEST_PAUSE_S
+        self.hold_until = time.monotonic() + 1.0
         if not self.opened:
             self.retired = True
 
     def _on_turn(self, turn: Turn) -> None:
         for note in turn.notes:
             self.crew.say(note)
+        for change in turn.changes:
+            self._report(change)
         if not turn.alive:
             self._on_lost()
             return
@@ -3298,18 +3320,20 @@ class Worker:
         if end.reason is Reason.LOST and process.cause is Reason.LOST:
             return  # written off by whoever declared us lost
         self.ended.append((held, end))
-        self._report(held, end)
 
-    def _report(self, held: Held, end: End) -> None:
-        well = end.reason is Reason.EXIT and end.exit_code == 0
-        if well and not self.crew.verbose:
+    def _report(self, change: Change) -> None:
+        """A line for a job that ended; one that completed is worth it on a terminal only."""
+        held, end, verdict = change
+        to = MOVES[verdict.move].to
+        if to is State.COMPLETED and not self.crew.verbose:
             return
-        how = "completed" if well else str(end.reason)
-        if not well and end.exit_code is not None:
-            how += f", exit status {end.exit_code}"
+        how = str(end.reason) if end.exit_code is None else \
+            f"{end.reason} {end.exit_code}" if end.reason is Reason.EXIT else \
+            f"{end.reason}, exit status {end.exit_code}"
         detail = f" ({end.detail})" if end.detail else ""
-        self.crew.say(f"job {held.id}: {how} after {end.duration_s or 0:.1f} s, "
-                      f"attempt {held.attempts}/{held.allowed}{detail}")
+        then = f"again in {say_duration(verdict.wait_s)}" if to is State.FAILED else to
+        self.crew.say(f"job {held.id}: {how} after {say_duration(end.duration_s or 0)}, "
+                      f"attempt {held.attempts}/{held.allowed}: {then}{detail}")
 
     # -- stopping
 
@@ -3318,7 +3342,7 @@ class Worker:
             for number in os.read(self._read_wake, 4096):
                 if number == signal.SIGTERM:
                     self._stop()
-                elif number == signal.SIGQUIT:
+                elif number == NOW:
                     self._stop_now(FORCED_WAIT_S)
                 elif number == signal.SIGHUP:
                     self._reread()
@@ -3366,6 +3390,8 @@ class Worker:
             if self.retired and not self.ended:
                 return True
             wait_s = RESULTS_WAIT_S if self.crew.grace_s is None else self.crew.grace_s
+            if not self.ended and not (self.in_flight and self.in_flight.ended):
+                wait_s = NOTHING_TO_SETTLE_WAIT_S
             self.give_up_at = min(self.give_up_at, now + max(wait_s, 1.0))
         if now < self.give_up_at:
             return False
@@ -3383,10 +3409,10 @@ class Worker:
         times = [self.grace_at, self.give_up_at]
         times += [process.check_at for process in self.processes.values()]
         if not self._clerk.busy and self.opened and not self.retired:
-            times.append(self.next_look)
-            times += [process.flush_at for process in self.processes.values()]
+            due = [self.next_look, *(one.flush_at for one in self.processes.values())]
             if self.ended or (self.stopping and not self.processes and not self.retiring):
-                return 0.0
+                due = [0.0]
+            times.append(max(self.hold_until, min(due)))
         return max(0.0, min(min(times) - time.monotonic(), 3600.0))
 
 
@@ -3630,7 +3656,7 @@ class Supervisor:
             elif not self.stop_signal:
                 self.stop_signal = number
                 self.crew.say("stopping now: running jobs are ended and handed back")
-                self._signal(signal.SIGQUIT)
+                self._signal(NOW)
                 self._kill_at = time.monotonic() + self.crew.settings.kill_grace + 3
 
     def _signal(self, number: int) -> None:
