@@ -3880,9 +3880,10 @@ class PrivateServer:
                 return False
             self.program = self.program or find_server()
             self._place_socket()
+            self._await_the_dying()
             if not os.path.isdir(os.path.join(self.folder, "data")):
                 self._install()
-            self._launch(lock.fileno())
+            self._launch()
         return True
 
     def stop(self) -> bool:
@@ -3894,6 +3895,13 @@ class PrivateServer:
             os.kill(pid, signal.SIGTERM)
         self._until(lambda: not self._alive(pid), SERVER_STOP_S, "did not stop")
         return True
+
+    def _await_the_dying(self) -> None:
+        """A killed server holds its socket's lock until it is gone altogether."""
+        with contextlib.suppress(OSError, ValueError, Problem), \
+                open(os.path.join(self.folder, "mysqld.pid")) as file:
+            pid = int(file.read())
+            self._until(lambda: not self._alive(pid), 10, "is still ending")
 
     def _place_socket(self) -> None:
         plain = os.path.join(self.folder, "mysqld.sock")
@@ -3933,7 +3941,7 @@ class PrivateServer:
             raise self._failure("could not make its data folder")
         os.rename(making, os.path.join(self.folder, "data"))
 
-    def _launch(self, lock: int) -> None:
+    def _launch(self) -> None:
         options = ["--no-defaults", "--datadir=" + os.path.join(self.folder, "data"),
                    "--socket=" + self.socket, "--skip-networking",
                    "--pid-file=" + os.path.join(self.folder, "mysqld.pid")]
