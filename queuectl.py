@@ -33,6 +33,8 @@ import datetime
 import enum
 import errno
 import fcntl
+import functools
+import itertools
 import json
 import math
 import os
@@ -124,14 +126,12 @@ def parse_duration(text: str) -> float:
 def say_duration(seconds: float) -> str:
     """A duration for people: `0.2 s`, `41 s`, `2 m 30 s`, `3 h 5 m`, `2 d 1 h`."""
     if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 and seconds % 1 else f"{seconds:.0f} s"
-    whole = int(seconds)
-    for unit, below in (("d", "h"), ("h", "m"), ("m", "s")):
-        amount, rest = divmod(whole, UNITS_S[unit])
-        if amount:
-            rest //= UNITS_S[below]
-            return f"{amount} {unit}" + (f" {rest} {below}" if rest else "")
-    return f"{whole} s"
+        return f"{seconds:.{int(seconds < 10 and seconds % 1 > 0)}f} s"
+    unit, below = ("d", "h") if seconds >= 86400 else \
+        ("h", "m") if seconds >= 3600 else ("m", "s")
+    amount, rest = divmod(int(seconds), UNITS_S[unit])
+    rest //= UNITS_S[below]
+    return f"{amount} {unit}" + (f" {rest} {below}" if rest else "")
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class Settings:
     """The runtime settings, as one frozen value; a reload makes a new one."""
 
     backoff_base: float = knob(
-        number(1, 1000), "2", "the delay before retry n is this to the power n, in seconds")
+        number(1, 1000), "2", "the delay before retry n is this to the power n, in s")
     backoff_max: float = knob(duration(), "1h", "the longest delay before a retry")
     backoff_jitter: float = knob(
         number(0, 1), "0", "the part of a delay that is random, from 0 to 1")
@@ -217,7 +217,7 @@ class Settings:
     kill_grace: float = knob(
         duration(0, 3600), "5", "seconds from TERM to KILL when a run is ended")
     output_limit: int = knob(
-        whole(0, 16 << 20), "65536", "bytes of a run's output that are kept, head and tail")
+        whole(0, 16 << 20), "65536", "bytes of a run's output that are kept")
     poll_interval: float = knob(
         duration(0.05, 60), "1", "seconds between looks of an idle worker")
     heartbeat: float = knob(
@@ -229,7 +229,8 @@ class Settings:
         duration(), "14d", "how long completed jobs are kept; 0: for ever")
     retain_cancelled: float = knob(
         duration(), "14d", "how long cancelled jobs are kept; 0: for ever")
-    retain_dead: float = knob(duration(), "0", "how long dead jobs are kept; 0: for ever")
+    retain_dead: float = knob(
+        duration(), "0", "how long dead jobs are kept; 0: for ever")
     permanent_exit_codes: frozenset[int] = knob(
         EXIT_CODES, "", "exit codes that are never retried")
     on_lost: str = knob(
@@ -270,19 +271,20 @@ VARIABLES = {
     "QUEUECTL_SKIP_LOCKED": Variable("", "off: claim without SKIP LOCKED"),
 }
 # What a job does not inherit: ways into the database, tokens, the notify socket.
-PRIVATE_VARIABLE = re.compile(
-    r"DB_.*|DATABASE_URL|MYSQL_PWD|QUEUECTL_.*(KEY|TOKEN)|NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*")
+PRIVATE_VARIABLE = re.compile(r"DB_.*|DATABASE_URL|MYSQL_PWD|QUEUECTL_.*(KEY|TOKEN)|"
+                              r"NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*")
 
 
 def read_dotenv(path: str) -> dict[str, str]:
-    """The variables of a .env file: parsed, never executed; none if there is no file."""
+    """The variables of a .env file, parsed, never executed; none without a file."""
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             lines = file.read().split("\n")
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
-        raise Problem(f"cannot read {path}: {error.strerror}", status=UNAVAILABLE) from None
+        raise Problem(f"cannot read {path}: {error.strerror}",
+                      status=UNAVAILABLE) from None
     found = {}
     for position, line in enumerate(lines, 1):
         line = line.strip().lstrip("\ufeff")
@@ -297,12 +299,12 @@ def read_dotenv(path: str) -> dict[str, str]:
 
 def _dotenv_value(text: str, where: str) -> str:
     if text[:1] in ("'", '"'):
-        match = re.fullmatch(r"""'([^']*)'\s*(#.*)?|"((?:[^"\\]|\\.)*)"\s*(#.*)?""", text)
+        match = re.fullmatch(r"""(?:'([^']*)'|"((?:[^"\\]|\\.)*)")\s*(?:#.*)?""", text)
         if not match:
             raise Problem(f"{where}: a quote is not closed", status=USAGE)
         if match[1] is not None:
             return match[1]
-        return re.sub(r"\\(.)", lambda m: {"n": "\n"}.get(m[1], m[1]), match[3])
+        return re.sub(r"\\(.)", lambda m: {"n": "\n"}.get(m[1], m[1]), match[2])
     return re.sub(r"(^|\s+)#.*", "", text)
 
 
@@ -315,12 +317,11 @@ class Environment:
     @classmethod
     def read(cls) -> Environment:
         """The process's own variables, then ./.env, then the one beside the script."""
-        layers: list[tuple[str, Mapping[str, str]]] = [("environment", dict(os.environ))]
         beside = os.path.join(os.path.dirname(os.path.realpath(__file__)), ".env")
-        layers.append(("./.env", read_dotenv(".env")))
+        files = [("./.env", read_dotenv(".env"))]
         if os.path.realpath(".env") != beside:
-            layers.append((beside, read_dotenv(beside)))
-        return cls(tuple(layers))
+            files.append((beside, read_dotenv(beside)))
+        return cls((("environment", dict(os.environ)), *files))
 
     def find(self, name: str) -> tuple[str, str] | None:
         """The value and the source of the first layer that sets `name`."""
@@ -367,6 +368,8 @@ def configure(environment: Environment, table: Mapping[str, str]) -> Configured:
     return Configured(settings, origins, complaints)
 
 
+Hosts = Tuple[Tuple[str, int], ...]
+PORT = whole(1, 65535)
 SSL_MODES = ("disabled", "preferred", "required", "verify_ca", "verify_identity")
 LOCAL_SOCKETS = ("/run/mysqld/mysqld.sock", "/var/run/mysqld/mysqld.sock",
                  "/var/lib/mysql/mysql.sock", "/tmp/mysql.sock")
@@ -377,7 +380,7 @@ PRIVATE_FOLDER = ".queuectl"
 class Target:
     """Where the database is and who we are there; each with the source that said so."""
 
-    hosts: tuple[tuple[str, int], ...]
+    hosts: Hosts
     socket: str
     user: str
     password: str = dataclasses.field(repr=False)
@@ -400,7 +403,7 @@ def private_socket(folder: str) -> str:
 
 
 def find_private_folder() -> str:
-    """The private server's folder, here or beside the script; empty if there is none."""
+    """The private server's folder, here or beside the script; empty without one."""
     beside = os.path.dirname(os.path.realpath(__file__))
     for folder in (PRIVATE_FOLDER, os.path.join(beside, PRIVATE_FOLDER)):
         if os.path.isdir(os.path.join(folder, "data")):
@@ -425,8 +428,8 @@ def find_target(environment: Environment) -> Target:
         account, account_source = {"DB_USER": "root"}, PRIVATE_FOLDER
     mode = environment.get("DB_SSL_MODE").lower()
     if mode not in SSL_MODES:
-        raise Problem(f"DB_SSL_MODE: expected {', '.join(SSL_MODES)}, not {excerpt(mode)}",
-                      nearest(mode, SSL_MODES), USAGE)
+        raise Problem(f"DB_SSL_MODE: expected {', '.join(SSL_MODES)}, not "
+                      f"{excerpt(mode)}", nearest(mode, SSL_MODES), USAGE)
     return Target(hosts, sock, account.get("DB_USER") or getpass.getuser(),
                   _password(account), environment.get("DB_NAME"), mode,
                   environment.get("DB_SSL_CA"), source, account_source)
@@ -443,7 +446,7 @@ def _password(account: Mapping[str, str]) -> str:
                       f"{error}", status=UNAVAILABLE) from None
 
 
-def _find_address(environment: Environment) -> tuple[tuple[tuple[str, int], ...], str, str]:
+def _find_address(environment: Environment) -> tuple[Hosts, str, str]:
     """(hosts, socket, source); the private server and the default come last."""
     for name, variables in environment.layers:
         said = {key: variables[key] for key in ("DB_HOST", "DB_PORT", "DB_SOCKET")
@@ -452,7 +455,7 @@ def _find_address(environment: Environment) -> tuple[tuple[tuple[str, int], ...]
             continue
         if "DB_SOCKET" in said:
             return (), said["DB_SOCKET"], name
-        port = whole(1, 65535).read(said.get("DB_PORT", "3306"), f"DB_PORT ({name})")
+        port = PORT.read(said.get("DB_PORT", "3306"), f"DB_PORT ({name})")
         if said.get("DB_HOST") == "localhost" and "DB_PORT" not in said:
             found = next((path for path in LOCAL_SOCKETS if os.path.exists(path)), "")
             if found:
@@ -464,15 +467,15 @@ def _find_address(environment: Environment) -> tuple[tuple[tuple[str, int], ...]
     return (("127.0.0.1", 3306),), "", "default"
 
 
-def _hosts(text: str, port: int) -> tuple[tuple[str, int], ...]:
+def _hosts(text: str, default_port: int) -> Hosts:
     found = []
     for word in filter(None, (part.strip() for part in text.split(","))):
         match = re.fullmatch(r"\[([^\]]+)\](?::(\d+))?|([^:]+):(\d+)|(.+)", word)
         if not match:
             raise Problem(f"DB_HOST: expected host or host:port, not {excerpt(word)}",
                           status=USAGE)
-        name, given = match[1] or match[3] or match[5], match[2] or match[4]
-        found.append((name, whole(1, 65535).read(given, "DB_HOST's port") if given else port))
+        name, port = match[1] or match[3] or match[5], match[2] or match[4]
+        found.append((name, PORT.read(port or str(default_port), "DB_HOST's port")))
     if not found:
         raise Problem("DB_HOST names no host", status=USAGE)
     return tuple(found)
@@ -508,7 +511,7 @@ def _move(to: State, *leaves: State) -> Move:
 
 MOVES = {
     "release": _move(State.PENDING, State.SCHEDULED, State.FAILED, State.BLOCKED),
-    "defer": _move(State.SCHEDULED, State.BLOCKED),  # parents done, its time not yet come
+    "defer": _move(State.SCHEDULED, State.BLOCKED),  # parents done, not yet its time
     "claim": _move(State.PROCESSING, State.PENDING),
     "complete": _move(State.COMPLETED, State.PROCESSING),
     "fail": _move(State.FAILED, State.PROCESSING),
@@ -575,8 +578,7 @@ class End:
     output_bytes: int = 0  # how many it wrote, kept or not
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What an ended run makes of its job."""
 
     move: str
@@ -637,7 +639,7 @@ class Judge:
 
     def observe(self, now: float, beats: Mapping[str, tuple[int, float]],
                 heartbeat_s: float) -> dict[str, int]:
-        """The lost among `beats` (id: (beat, lease)), each with the beat it stopped at."""
+        """The lost among `beats` (id: (beat, lease)), each with its last beat."""
         if now - self._last > 2 * heartbeat_s:
             self._seen.clear()
         self._last = now
@@ -844,13 +846,13 @@ class Trouble(enum.Enum):
 
 CODES = {
     Trouble.REPEAT: {1205, 1213, 1020, 1180, 3101, 3572},
-    Trouble.RECONNECT: {0, 2002, 2003, 2006, 2013, 2055, 1053, 1079, 1152, 1158, 1159, 1160,
-                        1161, 1184, 1317, 1927, 4031},
+    Trouble.RECONNECT: {0, 2002, 2003, 2006, 2013, 2055, 1053, 1079, 1152, 1158, 1159,
+                        1160, 1161, 1184, 1317, 1927, 4031},
     Trouble.READ_ONLY: {1290, 1792, 1836, 3032, 1047},
     Trouble.CROWDED: {1040, 1203, 1226},
     Trouble.FULL: {1021, 1114, 1037, 1038, 1041, 3675},
     Trouble.ROW: {1062, 1153, 1264, 1265, 1366, 1406, 3140, 3819, 4025},
-    Trouble.SETUP: {1044, 1045, 1049, 1142, 1143, 1146, 1698, 2026, 2059, 3159},
+    Trouble.SETUP: {1044, 1045, 1049, 1054, 1142, 1143, 1146, 1698, 2026, 2059, 3159},
 }
 TROUBLE_OF = {code: trouble for trouble, codes in CODES.items() for code in codes}
 BINLOG_NEEDS_REPEATABLE_READ = 1665
@@ -899,13 +901,13 @@ class RefuseClearText:
         self._connection = connection
 
     def authenticate(self, packet: object) -> NoReturn:
-        raise Problem("the server asked for the password in clear text; it was not sent",
+        raise Problem("the server asked for the password in clear text: refused",
                       "give the account caching_sha2_password or mysql_native_password",
                       UNAVAILABLE)
 
 
 class Database:
-    """One connection to the queue's database, made when first needed and again when lost."""
+    """One connection to the database, made when first needed and again when lost."""
 
     def __init__(self, target: Target, policy: Policy, bare: bool = False) -> None:
         self.target, self.policy = target, policy
@@ -991,8 +993,8 @@ class Database:
         """Leave no half-open transaction behind."""
         if code == BINLOG_NEEDS_REPEATABLE_READ and self.read_committed:
             self.read_committed = False
-            self.policy.say("the server's binlog_format is STATEMENT: claims wait for each "
-                            "other; set it to ROW or MIXED")
+            self.policy.say("the server's binlog_format is STATEMENT: claims wait for "
+                            "each other; set it to ROW or MIXED")
         if trouble in (Trouble.REPEAT, Trouble.ROW) and self._connection:
             try:
                 self._connection.rollback()
@@ -1063,14 +1065,14 @@ class Database:
             except RuntimeError as error:  # caching_sha2_password without TLS says so
                 failure = _driver().OperationalError(2059, str(error))
             except (OSError, ValueError, IndexError) as error:  # not a MySQL's greeting
-                failure = _driver().OperationalError(2013, f"{type(error).__name__}: {error}")
+                failure = _driver().OperationalError(2013, repr(error))
             if connection:
                 with contextlib.suppress(_driver().MySQLError, OSError):
                     connection.close()
         raise failure or AssertionError("no host")
 
     def _open(self, host: str, port: int) -> Connection:
-        """A connection with TLS as DB_SSL_MODE says; `preferred` does without if it must."""
+        """A connection, with TLS as DB_SSL_MODE says."""
         mode = self.target.ssl_mode
         if self.target.socket or mode == "disabled":
             return self._dial(host, port, None)
@@ -1106,23 +1108,27 @@ class Database:
             self._tls = context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             context.check_hostname = self.target.ssl_mode == "verify_identity"
             if self.target.ssl_mode in ("verify_ca", "verify_identity"):
-                try:
-                    context.load_verify_locations(self.target.ssl_ca or None,
-                                                  cadata=None if self.target.ssl_ca else "")
-                    if not self.target.ssl_ca:
-                        context.load_default_certs()
-                except (OSError, ValueError) as error:
-                    raise Problem(f"DB_SSL_CA: cannot use {self.target.ssl_ca}: {error}",
-                                  status=UNAVAILABLE) from None
+                self._load_authorities(context)
             else:
                 context.verify_mode = ssl.CERT_NONE
         return self._tls
 
+    def _load_authorities(self, context: ssl.SSLContext) -> None:
+        path = self.target.ssl_ca
+        if not path:
+            context.load_default_certs()
+            return
+        try:
+            context.load_verify_locations(path)
+        except OSError as error:  # ssl.SSLError is one
+            raise Problem(f"DB_SSL_CA: cannot use {path}: {error}",
+                          status=UNAVAILABLE) from None
+
     def _prepare(self, cursor: Cursor) -> bool:
         """Set up the session; whether this server takes writes."""
         lock_wait = max(1, min(10, int(self.policy.timeout_s) - 1))
-        cursor.execute("SET SESSION sql_mode = 'STRICT_ALL_TABLES', time_zone = '+00:00', "
-                       f"innodb_lock_wait_timeout = {lock_wait}")
+        cursor.execute("SET SESSION sql_mode = 'STRICT_ALL_TABLES', time_zone = "
+                       f"'+00:00', innodb_lock_wait_timeout = {lock_wait}")
         level = "READ COMMITTED" if self.read_committed else "REPEATABLE READ"
         cursor.execute(f"SET SESSION TRANSACTION ISOLATION LEVEL {level}")
         cursor.execute("SELECT VERSION(), @@max_allowed_packet, @@read_only")
@@ -1139,16 +1145,11 @@ _FOUND_ROWS = 2  # an UPDATE counts the rows it matched, changed or not
 
 
 class _Driver:
-    """PyMySQL's names that this room uses, loaded when first needed (40 to 70 ms)."""
+    """PyMySQL's names that this room uses."""
 
     def __init__(self) -> None:
-        try:
-            import pymysql
-        except ImportError as error:
-            raise Problem(
-                f"PyMySQL is missing for {sys.executable} ({error})",
-                "install it: apt install python3-pymysql, or: python3 -m pip install PyMySQL",
-                UNAVAILABLE) from None
+        import pymysql
+
         self.version = ".".join(str(part) for part in pymysql.VERSION[:3])
         self.connect = pymysql.connect
         self.MySQLError = pymysql.err.MySQLError
@@ -1156,13 +1157,15 @@ class _Driver:
         self.ProgrammingError = pymysql.err.ProgrammingError
 
 
-_loaded: list[_Driver] = []
-
-
+@functools.cache
 def _driver() -> _Driver:
-    if not _loaded:
-        _loaded.append(_Driver())
-    return _loaded[0]
+    """PyMySQL, loaded when first needed: that takes 40 to 70 ms."""
+    try:
+        return _Driver()
+    except ImportError as error:
+        raise Problem(f"PyMySQL is missing for {sys.executable} ({error})",
+                      "install it: apt install python3-pymysql, or: "
+                      f"{sys.executable} -m pip install PyMySQL", UNAVAILABLE) from None
 
 
 def driver_version() -> str:
@@ -1189,15 +1192,15 @@ def _refused(error: Exception) -> bool:
 
 
 def explain_error(target: Target, error: Exception) -> Unreachable:
-    """What a person should read about a connection or set-up error; no password in it."""
+    """What a person should read about a connection or set-up error."""
     code = diagnose(error)[1]
     text = str(error.args[-1]) if error.args else type(error).__name__
     account = f"{target.user!r} (from {target.account_source})"
     place = f"{target} (from {target.source})"
     if code in (1045, 1698):
-        return Unreachable(f"the server refused the account {account} for {place}: {text}",
+        return Unreachable(f"the server refused the account {account}, {place}: {text}",
                            "check DB_USER and DB_PASSWORD")
-    if code in (1049, 1146):
+    if code in (1049, 1054, 1146):
         return Unreachable(f"the queue's tables are missing in {place}: {text}",
                            "run: queuectl db init")
     if code in (1044, 1142, 1143):
@@ -1211,9 +1214,9 @@ def explain_error(target: Target, error: Exception) -> Unreachable:
                            "run: queuectl db start")
     if _refused(error) and target.source == "default":
         return Unreachable(
-            "no database is configured, and no server answers at 127.0.0.1:3306; looked in "
-            "the environment (DB_HOST, DB_SOCKET), ./.env, .env beside the script and "
-            f"./{PRIVATE_FOLDER}",
+            "no database is configured, and no server answers at 127.0.0.1:3306; "
+            "looked in the environment (DB_HOST, DB_SOCKET), ./.env, the .env beside the "
+            f"script and ./{PRIVATE_FOLDER}",
             "set DB_HOST, DB_USER and DB_PASSWORD, or start a private server: "
             "queuectl db start")
     return Unreachable(f"cannot reach the database {place}: {text}",
@@ -1229,17 +1232,18 @@ def check_schema(row: Row | None, database: str) -> None:
                       "name another database in DB_NAME", UNAVAILABLE)
     version, oldest_writer = int(words[0]), int(words[1])
     if oldest_writer > SCHEMA_VERSION:
-        raise Problem(f"the tables in {database} are of schema {version}, newer than this "
-                      f"program ({VERSION}, schema {SCHEMA_VERSION})",
+        raise Problem(f"the tables in {database} are of schema {version}, newer than "
+                      f"this program ({VERSION}, schema {SCHEMA_VERSION})",
                       "install the newer queuectl.py on this host", UNAVAILABLE)
     if version < SCHEMA_VERSION:
-        raise Problem(f"the tables in {database} are of schema {version}, older than this "
-                      f"program needs ({SCHEMA_VERSION})", "run: queuectl db init", UNAVAILABLE)
+        raise Problem(f"the tables in {database} are of schema {version}, older than "
+                      f"this program needs ({SCHEMA_VERSION})",
+                      "run: queuectl db init", UNAVAILABLE)
 
 
 def insert_rows(cursor: Cursor, packet_bytes: int, head: str,
                 rows: Iterable[tuple[str, Sequence[object]]], tail: str = "") -> None:
-    """INSERT `rows`, each (template, arguments), in statements of a quarter packet at most."""
+    """INSERT `rows`, each (template, arguments), a quarter packet a statement."""
     limit, size = packet_bytes // 4, 0
     parts: list[str] = []
     for template, arguments in rows:
@@ -1255,7 +1259,7 @@ def insert_rows(cursor: Cursor, packet_bytes: int, head: str,
 
 
 def init_database(target: Target) -> str:
-    """Create the database and its tables where they are missing; what was done, in words.
+    """Create the database and its tables where they are missing; says what was done.
 
     Refused, with nothing changed: tables newer than this program, and a `jobs` table
     that is not ours. Two at once wait for each other by a named lock.
@@ -1268,12 +1272,12 @@ def init_database(target: Target) -> str:
         cursor.execute("SELECT COUNT(*) FROM information_schema.schemata "
                        "WHERE schema_name = %s", (target.database,))
         if not _single(cursor):
-            cursor.execute(f"CREATE DATABASE IF NOT EXISTS {name} DEFAULT CHARACTER SET "
-                           "utf8mb4 COLLATE utf8mb4_bin")
+            cursor.execute(f"CREATE DATABASE IF NOT EXISTS {name} "
+                           "DEFAULT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin")
         cursor.execute(f"USE {name}")
         cursor.execute("SELECT GET_LOCK(%s, 10)", (lock,))
         if not _single(cursor):
-            raise Problem("another queuectl db init is at work", "try again in a moment")
+            raise Problem("another queuectl db init is at work", "try again soon")
         found = _existing_version(cursor, target.database)
         for statement in schema_statements():
             cursor.execute(statement)
@@ -1288,16 +1292,18 @@ def init_database(target: Target) -> str:
 
 
 def _existing_version(cursor: Cursor, database: str) -> bool:
-    cursor.execute("SELECT table_name FROM information_schema.tables WHERE table_schema = %s "
-                   "AND table_name IN ('jobs', 'config')", (database,))
+    cursor.execute("SELECT table_name FROM information_schema.tables "
+                   "WHERE table_schema = %s AND table_name IN ('jobs', 'config')",
+                   (database,))
     tables = {str(row[0]) for row in cursor.fetchall()}
     if "config" in tables:
         cursor.execute("SELECT value FROM config WHERE `key` = 'schema_version'")
         check_schema(cursor.fetchone(), database)
         return True
     if "jobs" in tables:
-        raise Problem(f"the database {database} has a jobs table that is not queuectl's; "
-                      "nothing was changed", "name another database in DB_NAME", UNAVAILABLE)
+        raise Problem(f"{database} has a jobs table that is not queuectl's: "
+                      "nothing was changed", "name another database in DB_NAME",
+                      UNAVAILABLE)
     return False
 
 
@@ -1340,8 +1346,8 @@ def _read_time(text: str) -> str:
     if moment.tzinfo is None:
         raise Problem(
             f"run_at: {excerpt(text)} has no time zone",
-            f"say {text}Z for UTC, or {moment.astimezone().isoformat()} for this host's "
-            "time", USAGE)
+            f"say {text}Z for UTC, or {moment.astimezone().isoformat()} for this "
+            "host's time", USAGE)
     return moment.astimezone(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f")
 
 
@@ -1349,9 +1355,10 @@ def _read_env(text: str) -> str:
     """Canonical JSON of an object of strings."""
     found = json.loads(text)
     for name, value in found.items() if isinstance(found, dict) else [("", None)]:
-        if not isinstance(value, str) or not name or "=" in name or "\0" in name + value:
+        if not isinstance(value, str) or not re.fullmatch(r"[^=\0]+", name):
             raise ValueError(text)
-        (name + value).encode()
+        if "\0" in value or not (name + value).encode():
+            raise ValueError(text)
     return json.dumps(found, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -1395,7 +1402,8 @@ JOB_KEYS = {
     "permanent_exit_codes": _key(
         Kind(_read_code_list, EXIT_CODES.expects, (list, str)),
         "exit codes after which it is not retried", "CODES"),
-    "on_lost": _key(choice("retry", "dead"), "if its worker is lost: retry or dead", "WHAT"),
+    "on_lost": _key(choice("retry", "dead"), "if its worker is lost: retry or dead",
+                    "WHAT"),
 }
 # How a key's value is written into the row; the others go in as they are.
 EXPRESSIONS = {"delay": "UTC_TIMESTAMP(6) + INTERVAL %s MICROSECOND"}
@@ -1418,7 +1426,8 @@ def check_job(document: object, defaults: Job_Values) -> dict[str, object]:
     for name, value in document.items():
         if name not in JOB_KEYS:
             raise Problem(f"unknown key {excerpt(name)}",
-                          nearest(name, JOB_KEYS) or f"keys: {' '.join(JOB_KEYS)}", USAGE)
+                          nearest(name, JOB_KEYS) or f"keys: {' '.join(JOB_KEYS)}",
+                          USAGE)
         values[name] = JOB_KEYS[name].kind.read_json(value, name)
     return complete_job(values, defaults)
 
@@ -1432,7 +1441,7 @@ def complete_job(values: dict[str, object], defaults: Job_Values) -> dict[str, o
     if "command" not in values:
         raise Problem("command: missing", 'say {"command": "…"}', USAGE)
     if "delay" in values and "run_at" in values:
-        raise Problem("delay and run_at: only one of them can be given", status=USAGE)
+        raise Problem("delay and run_at: give only one", status=USAGE)
     values.setdefault("id", new_id())
     if "cwd" in values:
         values["cwd"] = os.path.abspath(str(values["cwd"]))
@@ -1490,14 +1499,13 @@ def parse_json(text: str) -> object:
 def spool_lines(file: Iterable[bytes], as_json: bool, defaults: Job_Values) -> Spool:
     """Every line of `file` as a job; a bad one is named by its number."""
     spool = Spool()
-    kind = JOB_KEYS["command"].kind
     for position, raw in enumerate(file, 1):
         if not raw.strip():
             continue
         try:
             line = raw.decode("utf-8-sig" if position == 1 else "utf-8").rstrip("\r\n")
-            spool.add(check_job(parse_json(line), defaults) if as_json
-                      else complete_job({"command": kind.read(line, "command")}, defaults))
+            job = parse_json(line) if as_json else {"command": line}
+            spool.add(check_job(job, defaults))
         except UnicodeDecodeError:
             raise Problem(f"line {position}: not UTF-8; nothing was enqueued",
                           status=USAGE) from None
@@ -1508,7 +1516,7 @@ def spool_lines(file: Iterable[bytes], as_json: bool, defaults: Job_Values) -> S
 
 
 def enqueue(database: Database, spool: Spool, if_absent: bool) -> None:
-    """Commit all jobs of the spool, or none. With `if_absent`, ids in use are passed over."""
+    """Commit all jobs of the spool, or none; `if_absent` passes over ids in use."""
     batch = secrets.token_hex(8)
     columns = ["next_run_at" if name in ("delay", "run_at") else name
                for name in spool.columns]
@@ -1540,7 +1548,7 @@ def enqueue(database: Database, spool: Spool, if_absent: bool) -> None:
 
 def _as_row(values: Job_Values, columns: Sequence[str],
             batch: str) -> tuple[str, list[object]]:
-    """The VALUES template of one job, and its arguments; what it leaves out is DEFAULT."""
+    """The VALUES template of one job, DEFAULT where it says nothing; its arguments."""
     parts, arguments = [], []
     for column in columns:
         names = ("delay", "run_at") if column == "next_run_at" else (column,)
@@ -1557,16 +1565,16 @@ def _as_row(values: Job_Values, columns: Sequence[str],
 def _explain_refusal(database: Database, refused: RowRefused) -> Problem:
     taken = re.search(r"Duplicate entry '(.*)' for key", refused.text)
     if refused.code != 1062 or not taken:
-        return Problem(f"the server refused a job: {refused.text}; nothing was enqueued",
-                       status=USAGE)
+        return Problem(f"the server refused a job: {refused.text}",
+                       "nothing was enqueued", USAGE)
 
     def state_of(cursor: Cursor) -> str:
         cursor.execute("SELECT state FROM jobs WHERE id = %s", (taken[1],))
         row = cursor.fetchone()
         return f"a {row[0]} job has it" if row else "it stands twice in the input"
 
-    return Problem(f"id {taken[1]} is taken: {database.read(state_of)}; nothing was enqueued",
-                   "with --if-absent an id in use is passed over")
+    return Problem(f"id {taken[1]} is taken: {database.read(state_of)}",
+                   "nothing was enqueued; --if-absent passes over ids in use")
 
 
 # ---- claiming ----------------------------------------------------------------
@@ -1611,7 +1619,7 @@ class Flush:
 class Ask:
     """What a worker wants of one turn."""
 
-    ended: Sequence[tuple[Held, End]] = ()
+    ended: Sequence[Ended] = ()
     flushes: Sequence[Flush] = ()
     running: Collection[tuple[int, str]] = ()  # (seq, token) of the runs that go on
     free: int = 0
@@ -1630,12 +1638,19 @@ class Look:
     drained: bool
 
 
+Ended = Tuple[Held, End]
+
+
 class Change(NamedTuple):
     """One ended run and what it makes of its job: a row of the plan."""
 
     held: Held
     end: End
     verdict: Verdict
+
+    @property
+    def to(self) -> State:
+        return MOVES[self.verdict.move].to
 
 
 @dataclass(frozen=True)
@@ -1651,7 +1666,7 @@ class Turn:
 
 
 class Settled(NamedTuple):
-    """The answer of a turn's transaction: whether we live, the next due time, the plan."""
+    """The answer of a turn's transaction: whether we live, what is due, the plan."""
 
     alive: bool
     due_s: float = math.inf
@@ -1682,10 +1697,11 @@ def held_from(row: Row, settings: Settings) -> Held:
             permanent = read_codes(str(codes))
     return Held(
         int(str(seq)), str(job_id), str(token), int(str(run)), int(str(attempts)),
-        int(str(retries)) + 1 if allowed is None else int(str(allowed)), int(str(losses)),
-        settings.backoff_base if base is None else max(1.0, float(str(base))), permanent,
-        settings.on_lost if on_lost is None else str(on_lost), bool(cancel), str(worker),
-        started_at)
+        int(str(retries)) + 1 if allowed is None else int(str(allowed)),
+        int(str(losses)),
+        settings.backoff_base if base is None else max(1.0, float(str(base))),
+        permanent, settings.on_lost if on_lost is None else str(on_lost), bool(cancel),
+        str(worker), started_at)
 
 
 def placeholders(values: Collection[object]) -> str:
@@ -1693,7 +1709,7 @@ def placeholders(values: Collection[object]) -> str:
 
 
 class Desk:
-    """A worker's dealings with the queue: each method is one transaction or one look."""
+    """A worker's dealings with the queue."""
 
     def __init__(self, database: Database, me: Identity, use_skip_locked: bool) -> None:
         self.database, self.me = database, me
@@ -1738,7 +1754,7 @@ class Desk:
         if ask.flushes:
             self._flush(cursor, ask.flushes)
         due_s = min((change.verdict.wait_s for change in changes
-                     if MOVES[change.verdict.move].to is State.FAILED), default=math.inf)
+                     if change.to is State.FAILED), default=math.inf)
         if ask.look:
             due_s = self._promote(cursor)
         if ask.free:
@@ -1748,7 +1764,7 @@ class Desk:
     def _look_back(self, cursor: Cursor, ask: Ask, token: str) -> Settled | None:
         """Whether a turn whose COMMIT was not answered was carried out.
 
-        Locking reads: a plain one was seen to miss a commit that came half a second later.
+        Locking reads: a plain one was seen to miss a commit that came half a second on.
         """
         ended = {held.seq: held.token for held, _ in ask.ended}
         seqs = sorted({*self._marked, *ended})
@@ -1765,7 +1781,7 @@ class Desk:
         return Settled(True, 0.0) if ours or settled else None
 
     def _turn_without(self, ask: Ask, refused: RowRefused) -> Turn:
-        """One bad row never blocks the rest: settle one by one, the guilty without output."""
+        """One bad row never blocks the rest: settle singly, it without its output."""
         notes = [f"a result was refused by the database: {refused}"]
         for held, end in ask.ended:
             try:
@@ -1783,7 +1799,7 @@ class Desk:
 
     # -- settle
 
-    def _settle(self, cursor: Cursor, ended: Sequence[tuple[Held, End]]) -> list[Change]:
+    def _settle(self, cursor: Cursor, ended: Sequence[Ended]) -> list[Change]:
         """Settle the runs that are still ours; the others are left alone."""
         if not ended:
             return []
@@ -1795,27 +1811,25 @@ class Desk:
              WHERE seq IN ({placeholders(seqs)}) AND state = 'processing'
              ORDER BY seq FOR UPDATE
             """, seqs)
-        ours = {(int(row[0]), row[1]): bool(row[2]) for row in cursor.fetchall()}
-        changes = [
-            self._decide(dataclasses.replace(held, cancel_requested=ours[held.seq, held.token]),
-                         end)
-            for held, end in ended if (held.seq, held.token) in ours]
+        cancelled = {(int(row[0]), row[1]): bool(row[2]) for row in cursor.fetchall()}
+        changes = [self._decide(held, end, cancelled[held.seq, held.token])
+                   for held, end in ended if (held.seq, held.token) in cancelled]
         self._carry_out(cursor, changes)
         return changes
 
-    def _decide(self, held: Held, end: End) -> Change:
+    def _decide(self, held: Held, end: End, cancelled: bool) -> Change:
+        held = dataclasses.replace(held, cancel_requested=cancelled)
         verdict = judge(held, end, self.settings, random.random())
-        if held.cancel_requested:
+        if cancelled:
             end = dataclasses.replace(end, reason=Reason.CANCELLED)
         return Change(held, end, verdict)
 
     def _carry_out(self, cursor: Cursor, changes: Sequence[Change]) -> None:
-        """Write a plan: the jobs, their history, the dead letters. Rows alike share a statement."""
+        """Write a plan: jobs, history, dead letters. Rows alike share a statement."""
         groups: dict[tuple[object, ...], list[Change]] = {}
         for change in changes:
             verdict, end = change.verdict, change.end
-            key = (verdict.move, round(verdict.wait_s * 1e6), verdict.losses, verdict.grant,
-                   end.exit_code, end.reason)
+            key = (*verdict, end.exit_code, end.reason)
             groups.setdefault(key, []).append(change)
         for group in groups.values():
             self._move_jobs(cursor, group)
@@ -1823,14 +1837,14 @@ class Desk:
         insert_rows(
             cursor, self.database.packet_bytes,
             "INSERT INTO dlq (seq, id, exit_code, reason, last_line) VALUES",
-            [("(%s, %s, %s, %s, %s)", (change.held.seq, change.held.id, change.end.exit_code,
-                                       change.end.reason, last_line(change.end)))
-             for change in changes if MOVES[change.verdict.move].to is State.DEAD])
+            [("(%s, %s, %s, %s, %s)",
+              (held.seq, held.id, end.exit_code, end.reason, last_line(end)))
+             for held, end, verdict in changes if MOVES[verdict.move].to is State.DEAD])
 
     @staticmethod
     def _move_jobs(cursor: Cursor, group: Sequence[Change]) -> None:
-        verdict, end = group[0].verdict, group[0].end
-        to = MOVES[verdict.move].to
+        _, end, verdict = group[0]
+        to = group[0].to
         timing = ""
         if to in (State.PENDING, State.FAILED):
             timing = "next_run_at = UTC_TIMESTAMP(6) + INTERVAL %(wait)s MICROSECOND,"
@@ -1844,7 +1858,8 @@ class Desk:
                    finished_at = UTC_TIMESTAMP(6),
                    duration = ELT(FIELD(seq, {', '.join(map(str, seqs))}), {durations}),
                    attempts = attempts - %(given_back)s,
-                   attempts_max = COALESCE(%(grant)s, attempts_max), losses = %(losses)s,
+                   attempts_max = COALESCE(%(grant)s, attempts_max),
+                   losses = %(losses)s,
                    exit_code = %(exit_code)s, reason = %(reason)s,
                    token = NULL, cancel_requested_at = NULL
              WHERE state = 'processing' AND seq IN %(seqs)s AND token IN %(tokens)s
@@ -1858,13 +1873,14 @@ class Desk:
         insert_rows(
             cursor, self.database.packet_bytes,
             """
-            INSERT INTO runs (job, run, attempt, worker, started_at, finished_at, duration,
-                              exit_code, reason, detail, output, output_bytes) VALUES
+            INSERT INTO runs (job, run, attempt, worker, started_at, finished_at,
+                              duration, exit_code, reason, detail, output, output_bytes)
+            VALUES
             """,
             [("(%s, %s, %s, %s, %s, UTC_TIMESTAMP(6), %s, %s, %s, %s, %s, %s)",
               (held.seq, held.run, held.attempts, held.worker, held.started_at,
-               end.duration_s, end.exit_code, end.reason, end.detail[:DETAIL_MAX] or None,
-               end.output or None, end.output_bytes))
+               end.duration_s, end.exit_code, end.reason,
+               end.detail[:DETAIL_MAX] or None, end.output or None, end.output_bytes))
              for held, end, _ in changes],
             """
             ON DUPLICATE KEY UPDATE finished_at = VALUES(finished_at),
@@ -1881,8 +1897,8 @@ class Desk:
     def _flush(self, cursor: Cursor, flushes: Sequence[Flush]) -> None:
         insert_rows(
             cursor, self.database.packet_bytes,
-            "INSERT INTO runs (job, run, attempt, worker, started_at, output, output_bytes) "
-            "VALUES",
+            "INSERT INTO runs (job, run, attempt, worker, started_at, output, "
+            "output_bytes) VALUES",
             [("(%s, %s, %s, %s, %s, %s, %s)",
               (one.held.seq, one.held.run, one.held.attempts, one.held.worker,
                one.held.started_at, one.output, one.output_bytes)) for one in flushes],
@@ -1892,14 +1908,15 @@ class Desk:
     # -- promote and claim
 
     def _promote(self, cursor: Cursor) -> float:
-        """Make due jobs pending; seconds until the next one is due (0: more are now)."""
+        """Make due jobs pending; seconds until the next is due (0: more are now)."""
         due_s = math.inf
+        skip_locked = "SKIP LOCKED" if self.database.skip_locked(cursor) else ""
         for state in (State.SCHEDULED, State.FAILED):
             cursor.execute(
                 f"""
                 SELECT seq FROM jobs FORCE INDEX (jobs_due)
                  WHERE state = %s AND next_run_at <= UTC_TIMESTAMP(6)
-                 ORDER BY next_run_at LIMIT {PROMOTED_AT_ONCE} FOR UPDATE{self._skip(cursor)}
+                 ORDER BY next_run_at LIMIT {PROMOTED_AT_ONCE} FOR UPDATE {skip_locked}
                 """, (state,))
             seqs = [int(row[0]) for row in cursor.fetchall()]
             if seqs:
@@ -1916,14 +1933,14 @@ class Desk:
                 """, (state,))
             row = cursor.fetchone()
             if row:
-                # A due row that stays belongs to a neighbour's promotion: no hurry for us.
+                # A due row that stays is in a neighbour's promotion: no hurry for us.
                 due_s = min(due_s, int(row[0]) / 1e6 if int(row[0]) > 0 else 1.0)
             if len(seqs) == PROMOTED_AT_ONCE:
                 due_s = 0.0
         return due_s
 
     def _claim(self, cursor: Cursor, ask: Ask, token: str) -> None:
-        """Mark up to `free` jobs with the token, shared over the queues that have some."""
+        """Mark up to `free` jobs with the token, shared over the queues with some."""
         if not self.me.queues and (ask.look or not self._queues):
             self._queues = waiting_queues(cursor)
         if not self._queues:
@@ -1939,7 +1956,8 @@ class Desk:
             if len(self._queues) == 1:
                 return
 
-    def _take(self, cursor: Cursor, name: str, wanted: int, idle: bool, token: str) -> bool:
+    def _take(self, cursor: Cursor, name: str, wanted: int, idle: bool,
+              token: str) -> bool:
         """Mark jobs of one queue; False when nothing beside them may be claimed.
 
         A job that must run alone is taken only by a process with no other run; one that
@@ -1973,9 +1991,9 @@ class Desk:
 
     def _take_by_update(self, cursor: Cursor, name: str, wanted: int, idle: bool,
                         token: str) -> bool:
-        """The claim where SKIP LOCKED is missing: one guarded UPDATE, then a read by token.
+        """The claim without SKIP LOCKED: one guarded UPDATE, then a read by token.
 
-        Here a job that must run alone waits until a process is idle and nothing else waits.
+        A job that must run alone waits until a process is idle and nothing else waits.
         """
         kinds = [("<", wanted)]
         if idle and not self._marked:
@@ -2000,7 +2018,7 @@ class Desk:
         return all(int(row[1]) < ALONE_AFTER_LOSSES for row in rows)
 
     def _read_claimed(self, cursor: Cursor, token: str) -> list[Job]:
-        """The jobs that carry our token after COMMIT, in claim order: only these may start."""
+        """The jobs that carry our token after COMMIT: only these may start."""
         if not self._marked:
             return []
         cursor.execute(
@@ -2021,16 +2039,14 @@ class Desk:
                             str(queue_name), cwd, env, limit, name))
         return jobs
 
-    def _skip(self, cursor: Cursor) -> str:
-        return " SKIP LOCKED" if self.database.skip_locked(cursor) else ""
-
     # -- look around
 
     def _look(self, cursor: Cursor, ask: Ask, token: str) -> Look:
         cursor.execute(
             """
             SELECT seq, token, cancel_requested_at IS NOT NULL
-              FROM jobs FORCE INDEX (jobs_due) WHERE state = 'processing' AND worker = %s
+              FROM jobs FORCE INDEX (jobs_due)
+             WHERE state = 'processing' AND worker = %s
             """, (self.me.id,))
         rows = [((int(row[0]), str(row[1])), bool(row[2])) for row in cursor.fetchall()]
         known = {*ask.running, *((held.seq, held.token) for held, _ in ask.ended)}
@@ -2044,7 +2060,7 @@ class Desk:
         return Look(cancelled, config, ask.drain and not rows and self._drained(cursor))
 
     def _end_unrun(self, cursor: Cursor, seqs: Sequence[int]) -> None:
-        """Hand back rows under our name that we do not run (a read-back that failed)."""
+        """Hand back rows under our name that we do not run: a read-back failed."""
         cursor.execute(
             f"SELECT {HELD_COLUMNS} FROM jobs FORCE INDEX (PRIMARY) "
             f"WHERE seq IN ({placeholders(seqs)})", tuple(seqs))
@@ -2075,7 +2091,8 @@ class Desk:
         def beats(cursor: Cursor) -> dict[str, tuple[int, float]]:
             cursor.execute("SELECT id, beat, lease FROM workers "
                            "WHERE lost_at IS NULL AND id <> %s", (self.me.id,))
-            return {str(row[0]): (int(row[1]), float(row[2])) for row in cursor.fetchall()}
+            return {str(worker): (int(beat), float(lease_s))
+                    for worker, beat, lease_s in cursor.fetchall()}
 
         def strays(cursor: Cursor) -> list[str | None]:
             cursor.execute(
@@ -2094,8 +2111,8 @@ class Desk:
         seen = self.database.read(beats)
         heartbeat_s = self.settings.heartbeat
         lost = self._judge.observe(time.monotonic(), seen, heartbeat_s)
-        notes = [f"worker {worker} is lost: no beat for its lease of "
-                 f"{say_duration(seen[worker][1])}; {self.take_over(worker, beat)} runs taken over"
+        notes = [f"worker {worker} is lost, no beat for {say_duration(seen[worker][1])}"
+                 f"; {self.take_over(worker, beat)} runs taken over"
                  for worker, beat in lost.items()]
         for worker in self.database.read(strays):
             taken = self.take_over(worker, None)
@@ -2106,38 +2123,39 @@ class Desk:
     def take_over(self, worker: str | None, beat: int | None) -> int:
         """End the runs of a lost worker as lost, and return how many there were.
 
-        One transaction locks its row, checks that its beat still is `beat` (None: that it
-        has no live row; -1: whatever it is) and marks it lost.
+        One transaction locks its row, checks that its beat still is `beat` (None: that
+        it has no live row; -1: whatever it is) and marks it lost.
         """
         def work(cursor: Cursor) -> int:
-            cursor.execute("SELECT beat FROM workers WHERE id <=> %s AND lost_at IS NULL "
-                           "FOR UPDATE", (worker,))
+            cursor.execute("SELECT beat FROM workers "
+                           "WHERE id <=> %s AND lost_at IS NULL FOR UPDATE", (worker,))
             row = cursor.fetchone()
             if (row is None) != (beat is None) and beat != -1:
                 return 0
             if row and beat not in (-1, int(row[0])):
                 return 0
-            cursor.execute("UPDATE workers SET lost_at = UTC_TIMESTAMP(6), state = 'lost' "
+            cursor.execute("UPDATE workers SET lost_at = UTC_TIMESTAMP(6) "
                            "WHERE id <=> %s AND lost_at IS NULL", (worker,))
             cursor.execute(
                 f"""
                 SELECT {HELD_COLUMNS} FROM jobs FORCE INDEX (jobs_due)
                  WHERE state = 'processing' AND worker <=> %s FOR UPDATE
                 """, (worker,))
-            changes = [self._decide(held_from(one, self.settings), End(Reason.LOST))
-                       for one in cursor.fetchall()]
+            runs = [held_from(one, self.settings) for one in cursor.fetchall()]
+            changes = [self._decide(held, End(Reason.LOST), held.cancel_requested)
+                       for held in runs]
             self._carry_out(cursor, changes)
             return len(changes)
 
         return self.database.transact(work)
 
-    def dead_neighbours(self, is_gone: Callable[[int, str], bool]) -> dict[str, list[str]]:
-        """Workers whose process `is_gone` (pid, identity), each with the marks of its runs."""
+    def dead_neighbours(self, gone: Callable[[int, str], bool]) -> dict[str, list[str]]:
+        """Workers whose process (pid, identity) is `gone`, with their runs' marks."""
         def work(cursor: Cursor) -> dict[str, list[str]]:
             cursor.execute("SELECT id, pid, process FROM workers WHERE lost_at IS NULL")
-            gone = [str(row[0]) for row in cursor.fetchall()
-                    if is_gone(int(row[1]), str(row[2]))]
-            return {worker: _marks_of(cursor, worker) for worker in gone}
+            found = [str(row[0]) for row in cursor.fetchall()
+                     if gone(int(row[1]), str(row[2]))]
+            return {worker: _marks_of(cursor, worker) for worker in found}
 
         return self.database.read(work)
 
@@ -2150,8 +2168,10 @@ class Desk:
         def work(cursor: Cursor) -> None:
             cursor.execute(
                 """
-                INSERT INTO workers (id, host, pid, supervisor, process, slots, queues, lease)
-                VALUES (%s, %s, %s, %s, %s, %s, %s, %s) ON DUPLICATE KEY UPDATE lease = lease
+                INSERT INTO workers (id, host, pid, supervisor, process, slots, queues,
+                                     lease)
+                VALUES (%s, %s, %s, %s, %s, %s, %s, %s)
+                ON DUPLICATE KEY UPDATE slots = VALUES(slots)
                 """, (me.id, me.host, me.pid, me.supervisor, me.process, me.slots,
                       ",".join(me.queues) or None, self.settings.lease_s))
 
@@ -2208,9 +2228,9 @@ def last_line(end: End) -> str | None:
 
 COUNTED_UP_TO = 100_000
 PAGE = 1000
-VIEW_COLUMNS = """jobs.seq, jobs.id, command, queue, state, priority, attempts, attempts_max,
-       max_retries, timeout, next_run_at, created_at, started_at, finished_at, duration,
-       jobs.exit_code, jobs.reason, worker"""
+VIEW_COLUMNS = """jobs.seq, jobs.id, command, queue, state, priority, attempts,
+       attempts_max, max_retries, timeout, next_run_at, created_at, started_at,
+       finished_at, duration, jobs.exit_code, jobs.reason, worker"""
 
 
 def say_time(moment: object) -> str | None:
@@ -2218,6 +2238,11 @@ def say_time(moment: object) -> str | None:
     if not isinstance(moment, datetime.datetime):
         return None
     return moment.isoformat(timespec="milliseconds") + "Z"
+
+
+def _fields_of(record: View | Run, but: Collection[str]) -> dict[str, Json]:
+    return {field.name: getattr(record, field.name)
+            for field in dataclasses.fields(record) if field.name not in but}
 
 
 @dataclass(frozen=True)
@@ -2244,19 +2269,12 @@ class View:
     worker: str | None
 
     def as_json(self) -> dict[str, Json]:
-        return {
-            "id": self.id, "command": self.command, "queue": self.queue,
-            "state": str(self.state), "priority": self.priority, "attempts": self.attempts,
-            "max_retries": self.max_retries, "timeout": self.timeout,
-            "next_run_at": self.next_run_at, "created_at": self.created_at,
-            "started_at": self.started_at, "finished_at": self.finished_at,
-            "duration": self.duration, "exit_code": self.exit_code, "reason": self.reason,
-            "worker": self.worker}
+        return _fields_of(self, ("seq", "allowed"))
 
 
 def _view_from(row: Row, settings: Settings) -> View:
-    (seq, job_id, command, queue_name, state, priority, attempts, allowed, retries, timeout,
-     due, created, started, finished, took, exit_code, reason, worker) = row
+    (seq, job_id, command, queue_name, state, priority, attempts, allowed, retries,
+     timeout, due, created, started, finished, took, exit_code, reason, worker) = row
     retries = settings.max_retries if retries is None else int(str(retries))
     return View(
         int(str(seq)), str(job_id), str(command), str(queue_name), State(str(state)),
@@ -2266,7 +2284,8 @@ def _view_from(row: Row, settings: Settings) -> View:
         say_time(due), say_time(created), say_time(started), say_time(finished),
         None if took is None else float(str(took)),
         None if exit_code is None else int(str(exit_code)),
-        None if reason is None else str(reason), None if worker is None else str(worker))
+        None if reason is None else str(reason),
+        None if worker is None else str(worker))
 
 
 @dataclass(frozen=True)
@@ -2284,8 +2303,7 @@ class Run:
     detail: str | None
 
     def as_json(self) -> dict[str, Json]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
-                if field.name != "run"}
+        return _fields_of(self, ("run",))
 
 
 @dataclass(frozen=True)
@@ -2317,19 +2335,23 @@ class Office:
     def __init__(self, database: Database, settings: Settings) -> None:
         self.database, self.settings = database, settings
 
-    def jobs(self, state: str | None, queue_name: str | None, limit: int) -> Iterator[View]:
+    def jobs(self, state: str | None, queue_name: str | None,
+             limit: int) -> Iterator[View]:
         """The newest jobs first, read page by page; 0: all."""
         where, values = self._filter(state, queue_name)
+
+        def page(cursor: Cursor, below: int, size: int) -> list[View]:
+            cursor.execute(
+                f"""
+                SELECT {VIEW_COLUMNS} FROM jobs WHERE seq < %s {where}
+                 ORDER BY seq DESC LIMIT %s
+                """, (below, *values, size))
+            return [_view_from(row, self.settings) for row in cursor.fetchall()]
+
         left, below = limit or sys.maxsize, 1 << 63
         while left > 0:
             size = min(PAGE, left)
-
-            def page(cursor: Cursor) -> list[View]:
-                cursor.execute(f"SELECT {VIEW_COLUMNS} FROM jobs WHERE seq < %s {where} "
-                               "ORDER BY seq DESC LIMIT %s", (below, *values, size))
-                return [_view_from(row, self.settings) for row in cursor.fetchall()]
-
-            views = self.database.read(page)
+            views = self.database.read(functools.partial(page, below=below, size=size))
             yield from views
             if len(views) < size:
                 return
@@ -2363,8 +2385,9 @@ class Office:
             view = _view_from(row[:-2], self.settings)
             cursor.execute(
                 """
-                SELECT run, attempt, worker, started_at, finished_at, duration, exit_code,
-                       reason, detail FROM runs WHERE job = %s ORDER BY run
+                SELECT run, attempt, worker, started_at, finished_at, duration,
+                       exit_code, reason, detail
+                  FROM runs WHERE job = %s ORDER BY run
                 """, (view.seq,))
             history = [Run(int(one[0]), int(one[1]), one[2], say_time(one[3]),
                            say_time(one[4]), *one[5:]) for one in cursor.fetchall()]
@@ -2412,16 +2435,16 @@ class Office:
         return counts, capped
 
     def queues(self) -> list[dict[str, Json]]:
-        """The queues with pending or processing jobs, with how many and who serves them."""
+        """The queues with pending or processing jobs, with how many."""
         def work(cursor: Cursor) -> list[dict[str, Json]]:
-            cursor.execute("SELECT queue, COUNT(*) FROM jobs WHERE state = 'processing' "
-                           "GROUP BY queue")
+            cursor.execute("SELECT queue, COUNT(*) FROM jobs "
+                           "WHERE state = 'processing' GROUP BY queue")
             processing = {str(row[0]): int(row[1]) for row in cursor.fetchall()}
             pending = {}
             for name in waiting_queues(cursor):
                 cursor.execute(
-                    "SELECT COUNT(*) FROM (SELECT 1 FROM jobs WHERE state = 'pending' AND "
-                    f"queue = %s LIMIT {COUNTED_UP_TO}) AS some", (name,))
+                    "SELECT COUNT(*) FROM (SELECT 1 FROM jobs WHERE state = 'pending' "
+                    f"AND queue = %s LIMIT {COUNTED_UP_TO}) AS some", (name,))
                 pending[name] = int(str(_single(cursor)))
             return [{"queue": name, "pending": pending.get(name, 0),
                      "processing": processing.get(name, 0)}
@@ -2430,7 +2453,7 @@ class Office:
         return self.database.read(work)
 
     def workers(self) -> list[dict[str, Json]]:
-        """The workers that are not lost; `silent`: no beat for longer than the lease."""
+        """The workers that are not lost; `silent`: no beat for longer than a lease."""
         def work(cursor: Cursor) -> list[dict[str, Json]]:
             cursor.execute(
                 """
@@ -2439,10 +2462,11 @@ class Office:
                           'silent', state)
                   FROM workers WHERE lost_at IS NULL ORDER BY host, pid
                 """)
-            return [{"id": row[0], "host": row[1], "pid": int(row[2]), "slots": int(row[3]),
-                     "busy": int(row[4]), "queues": row[5].split(",") if row[5] else [],
-                     "heartbeat_at": say_time(row[6]), "state": row[7]}
-                    for row in cursor.fetchall()]
+            return [{"id": worker, "host": host, "pid": int(pid), "slots": int(slots),
+                     "busy": int(busy), "queues": queues.split(",") if queues else [],
+                     "heartbeat_at": say_time(beat_at), "state": state}
+                    for worker, host, pid, slots, busy, queues, beat_at, state
+                    in cursor.fetchall()]
 
         return self.database.read(work)
 
@@ -2472,9 +2496,11 @@ class Office:
                            COALESCE(cancel_requested_at, UTC_TIMESTAMP(6))
                      WHERE seq = %s AND state = 'processing'
                     """, (seq,))
-                return Result(job_id, True, state, None, "is running: its worker ends it")
+                return Result(job_id, True, state, None,
+                              "is running: its worker ends it")
             if state not in MOVES["cancel"].leaves:
-                return Result(job_id, False, state, f"job {job_id} is {state}: nothing to cancel")
+                return Result(job_id, False, state,
+                              f"job {job_id} is {state}: nothing to cancel")
             cursor.execute(
                 """
                 UPDATE jobs FORCE INDEX (PRIMARY)
@@ -2486,18 +2512,19 @@ class Office:
         return self._on_one(job_id, work)
 
     def revive(self, job_id: str, retries: int, reset: bool) -> Result:
-        """Put a dead job back, due now. It keeps its attempts and may run `retries` times
-        more; with `reset` the count starts again."""
+        """Put a dead job back, due now. It keeps its attempts and may run `retries`
+        times more; with `reset` the count starts again."""
         def work(cursor: Cursor, seq: int, state: State) -> Result:
             if state not in MOVES["revive"].leaves:
-                return Result(job_id, False, state, f"job {job_id} is {state}, not dead: only "
-                              "dead jobs are in the dead letter queue")
+                return Result(job_id, False, state, f"job {job_id} is {state}: "
+                              "only dead jobs are in the dead letter queue")
             counting = "attempts = 0, attempts_max = NULL" if reset else \
                 f"attempts_max = attempts + {int(retries)}"
             cursor.execute(
                 f"""
                 UPDATE jobs FORCE INDEX (PRIMARY)
-                   SET state = %s, {counting}, losses = 0, next_run_at = UTC_TIMESTAMP(6)
+                   SET state = %s, {counting}, losses = 0,
+                       next_run_at = UTC_TIMESTAMP(6)
                  WHERE seq = %s AND state = %s
                 """, (MOVES["revive"].to, seq, state))
             cursor.execute("DELETE FROM dlq WHERE seq = %s", (seq,))
@@ -2509,7 +2536,8 @@ class Office:
                 act: Callable[[Cursor, int, State], Result]) -> Result:
         """Lock one job, and do what its state allows."""
         def work(cursor: Cursor) -> Result:
-            cursor.execute("SELECT seq, state FROM jobs WHERE id = %s FOR UPDATE", (job_id,))
+            cursor.execute("SELECT seq, state FROM jobs WHERE id = %s FOR UPDATE",
+                           (job_id,))
             row = cursor.fetchone()
             if not row:
                 return Result(job_id, False, None, no_such_job(job_id).what)
@@ -2528,7 +2556,8 @@ class Office:
             cursor.execute(
                 """
                 INSERT INTO config (`key`, value) VALUES (%s, %s)
-                ON DUPLICATE KEY UPDATE value = VALUES(value), changed_at = UTC_TIMESTAMP(6)
+                ON DUPLICATE KEY UPDATE value = VALUES(value),
+                                        changed_at = UTC_TIMESTAMP(6)
                 """, (key, value))
 
         self.database.read(work)
@@ -2563,7 +2592,7 @@ def read_config(database: Database) -> dict[str, str]:
     """The config table, less the rows that are not settings."""
     def work(cursor: Cursor) -> dict[str, str]:
         cursor.execute("SELECT `key`, value FROM config")
-        return {str(row[0]): str(row[1]) for row in cursor.fetchall() if row[0] in KNOBS}
+        return {key: value for key, value in cursor.fetchall() if key in KNOBS}
 
     return database.read(work)
 
@@ -2602,7 +2631,7 @@ class Output:
             return bytes(self._head + self._tail)
         mark = b"\n[queuectl: %d bytes in all, the middle is left out]\n" % self.total
         room = self._tail_max - len(mark)
-        return bytes(self._head) + mark + (bytes(self._tail[-room:]) if room > 0 else b"")
+        return bytes(self._head + mark + self._tail[len(self._tail) - max(room, 0):])
 
 
 class Phase(enum.Enum):
@@ -2616,8 +2645,10 @@ class Phase(enum.Enum):
 class Process:
     """One run: the shell, its pipe, its time limit, and its end."""
 
-    def __init__(self, job: Job, settings: Settings, environment: Mapping[bytes, bytes]) -> None:
+    def __init__(self, job: Job, settings: Settings,
+                 environment: Mapping[bytes, bytes]) -> None:
         self.job, self.settings = job, settings
+        self.key = (job.held.seq, job.held.token)
         self.mark = f"{job.held.token}-{job.held.seq}"
         self.output = Output(settings.output_limit)
         self.phase = Phase.RUNNING
@@ -2649,14 +2680,14 @@ class Process:
         own = json.loads(_read_env(self.job.env)) if self.job.env else {}
         added = {
             "QUEUECTL_JOB_ID": held.id, "QUEUECTL_ATTEMPT": str(held.attempts),
-            "QUEUECTL_MAX_ATTEMPTS": str(held.allowed), "QUEUECTL_QUEUE": self.job.queue,
-            **own, MARK: self.mark}
+            "QUEUECTL_MAX_ATTEMPTS": str(held.allowed),
+            "QUEUECTL_QUEUE": self.job.queue, **own, MARK: self.mark}
         shell = subprocess.Popen(
-            ["/bin/sh", "-c", self.job.command.encode()], stdin=subprocess.DEVNULL,
-            stdout=write_end, stderr=subprocess.STDOUT, cwd=cwd.encode() if cwd else None,
+            ["/bin/sh", "-c", self.job.command.encode()], start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=write_end, stderr=subprocess.STDOUT,
+            cwd=cwd.encode() if cwd else None,
             env={**environment, **{name.encode(): text.encode()
-                                   for name, text in added.items()}},
-            start_new_session=True)
+                                   for name, text in added.items()}})
         shell.returncode = 0  # the pid table reaps it, never Popen
         with contextlib.suppress(OSError), \
                 open(f"/proc/{shell.pid}/oom_score_adj", "w") as score:
@@ -2720,7 +2751,7 @@ class Process:
         _signal_strays(self.mark, self.pid, signal.SIGTERM)
 
     def reaped(self, status: int) -> None:
-        """The shell ended: the run ends with it, unless others of its group must go first."""
+        """The shell ended: so does the run, once others of its group are gone."""
         self.status = status
         self.close_pipe()
         if self.cause is None and status == 0:
@@ -2785,8 +2816,9 @@ class Process:
         if ended_by:
             return Reason.SIGNAL, code, f"ended by {_signal_name(ended_by)}"
         if code in (126, 127):
-            return Reason.EXIT, code, (f"in {self.job.cwd or _here()} on {socket.gethostname()}, "
-                                       f"PATH={os.environ.get('PATH', '')}")
+            return Reason.EXIT, code, (
+                f"in {self.job.cwd or _here()} on {socket.gethostname()}, "
+                f"PATH={os.environ.get('PATH', '')}")
         return Reason.EXIT, code, ""
 
 
@@ -2805,7 +2837,7 @@ def _signal_name(number: int) -> str:
 
 
 def job_environment(variables: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
-    """What jobs inherit: everything but ways into the database, tokens and notify sockets."""
+    """What jobs inherit: all but ways into the database, tokens, notify sockets."""
     return {name: value for name, value in variables.items()
             if not PRIVATE_VARIABLE.fullmatch(os.fsdecode(name))}
 
@@ -2865,7 +2897,7 @@ def _see(pid: int, wanted: bytes) -> _Seen | None:
 
 
 def _signal_strays(mark: str, session: int, number: int) -> tuple[int, int]:
-    """Signal what is left of a run (0: only look): its session, whatever carries its mark,
+    """Signal what is left of a run (0: only look): its session, what carries its mark,
     and the sessions of that. How many were left, and one that refused (0: none)."""
     wanted = f"{MARK}={mark}".encode()
     seen = {pid: one for pid in _all_pids() for one in [_see(pid, wanted)] if one}
@@ -2912,7 +2944,7 @@ def _all_pids() -> list[int]:
 
 
 def end_marked(marks: Sequence[str], grace_s: float) -> None:
-    """End what an earlier worker left running of these runs, and wait until it is gone."""
+    """End what an earlier worker left running of these runs, until it is gone."""
     kill_at = time.monotonic() + grace_s
     number = int(signal.SIGTERM)
     while marks:
@@ -2923,7 +2955,7 @@ def end_marked(marks: Sequence[str], grace_s: float) -> None:
 
 
 def process_identity(pid: int) -> str:
-    """Boot, PID namespace and start time: what makes a pid one process. Empty if gone."""
+    """Boot, PID namespace, start time: what makes a pid one process; empty if gone."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read().strip()
@@ -3030,8 +3062,8 @@ class Post:
 def catch_signals() -> tuple[int, int]:
     """A pipe that gets the number of each handled signal as a byte; then unblock them.
 
-    Real handlers, never ignored ones: jobs inherit what is ignored, and under an ignored
-    SIGCHLD a failing job would look well.
+    Real handlers, never ignored ones: jobs inherit what is ignored, and under an
+    ignored SIGCHLD a failing job would look well.
     """
     ends = os.pipe()
     for end in ends:
@@ -3097,7 +3129,7 @@ class Worker:
         self.settings = crew.settings
         self.environment = crew.environment
         self.processes: dict[int, Process] = {}  # by pid, also those that are ending
-        self.ended: list[tuple[Held, End]] = []
+        self.ended: list[Ended] = []
         self.in_flight: Ask | None = None
         self.opened = self.retiring = self.retired = self.forced = False
         self.stopping = False
@@ -3149,7 +3181,7 @@ class Worker:
         for worker, found in self._desk.dead_neighbours(is_gone).items():
             end_marked(found, self.settings.kill_grace)
             taken = self._desk.take_over(worker, -1)
-            notes.append(f"worker {worker} of this host is gone; {taken} runs taken over")
+            notes.append(f"worker {worker} here is gone; {taken} runs taken over")
         self._desk.register()
         return Opened(notes)
 
@@ -3171,9 +3203,10 @@ class Worker:
                 self._clerk.request(self._retire)
             return
         ended, self.ended = self.ended, []
-        running = [(one.job.held.seq, one.job.held.token) for one in self.processes.values()]
+        running = [one.key for one in self.processes.values()]
         ask = Ask(ended, flushes, running, self._free(), look,
-                  look and now >= self.next_judge, self.crew.drain and not self.stopping,
+                  look and now >= self.next_judge,
+                  self.crew.drain and not self.stopping,
                   "stopping" if self.stopping else "running")
         if look:
             self.next_look = now + self._look_interval()
@@ -3214,7 +3247,7 @@ class Worker:
             os.write(self.post.ready, b"+")
 
     def _on_refused(self, problem: Problem) -> None:
-        """The schema has moved on, or the tables are gone: nothing can be settled here."""
+        """The schema has moved on: nothing can be settled here."""
         if not self.stopping:
             self.crew.say(f"{problem.what}; stopping")
         if self.in_flight:
@@ -3242,7 +3275,7 @@ class Worker:
 
     def _on_look(self, look: Look) -> None:
         for process in self.processes.values():
-            if (process.job.held.seq, process.job.held.token) in look.cancelled:
+            if process.key in look.cancelled:
                 process.end(Reason.CANCELLED)
         try:
             version = look.config.get("schema_version")
@@ -3328,9 +3361,9 @@ class Worker:
         self.ended.append((held, end))
 
     def _report(self, change: Change) -> None:
-        """A line for a job that ended; one that completed is worth it on a terminal only."""
+        """A line for a job that ended; if it completed, on a terminal only."""
         held, end, verdict = change
-        to = MOVES[verdict.move].to
+        to = change.to
         if to is State.COMPLETED and not self.crew.verbose:
             return
         how = str(end.reason) if end.exit_code is None else \
@@ -3338,8 +3371,8 @@ class Worker:
             f"{end.reason}, exit status {end.exit_code}"
         detail = f" ({end.detail})" if end.detail else ""
         then = f"again in {say_duration(verdict.wait_s)}" if to is State.FAILED else to
-        self.crew.say(f"job {held.id}: {how} after {say_duration(end.duration_s or 0)}, "
-                      f"attempt {held.attempts}/{held.allowed}: {then}{detail}")
+        self.crew.say(f"job {held.id}: {how} after {say_duration(end.duration_s or 0)},"
+                      f" attempt {held.attempts}/{held.allowed}: {then}{detail}")
 
     # -- stopping
 
@@ -3416,7 +3449,8 @@ class Worker:
         times += [process.check_at for process in self.processes.values()]
         if not self._clerk.busy and self.opened and not self.retired:
             due = [self.next_look, *(one.flush_at for one in self.processes.values())]
-            if self.ended or (self.stopping and not self.processes and not self.retiring):
+            leaving = self.stopping and not self.processes and not self.retiring
+            if self.ended or leaving:
                 due = [0.0]
             times.append(max(self.hold_until, min(due)))
         return max(0.0, min(min(times) - time.monotonic(), 3600.0))
@@ -3424,10 +3458,10 @@ class Worker:
 
 # ---- supervisor --------------------------------------------------------------
 #
-# Keeps worker processes alive: forks, reaps, obeys signals, holds the PID file. It never
-# connects to the database, so it works with or without one. The PID file is held under
-# an exclusive lock for the daemon's life: locked is alive, unlocked is stale, whatever
-# number stands in it.
+# Keeps worker processes alive: forks, reaps, obeys signals, holds the PID file. It
+# never connects to the database, so it works with or without one. The PID file is held
+# under an exclusive lock for the daemon's life: locked is alive, unlocked is stale,
+# whatever number stands in it.
 
 LOG_BYTES_MAX = 10 << 20
 RESPAWN_PAUSE_S, RESPAWN_PAUSE_MAX_S, STEADY_AFTER_S = 0.1, 30.0, 10.0
@@ -3435,7 +3469,7 @@ READY_WAIT_S = 30.0
 
 
 class Log:
-    """Lines on standard error, each with its time; a file grows to 10 MB, then is `.1`."""
+    """Lines on standard error, with their time; a file grows to 10 MB, then is `.1`."""
 
     def __init__(self, path: str = "") -> None:
         self.path = path
@@ -3457,8 +3491,8 @@ class Log:
         os.close(handle)
 
     def _turn_over(self) -> None:
-        """Rename a full file, or follow when another process has. All share the file, so
-        the one that holds its lock decides."""
+        """Rename a full file, or follow when another process has. All share the file,
+        so the one that holds its lock decides."""
         status = os.fstat(2)
         if status.st_size > LOG_BYTES_MAX:
             fcntl.flock(2, fcntl.LOCK_EX)
@@ -3476,7 +3510,7 @@ def _same_file(handle: int, path: str) -> bool:
 
 
 class Standing(NamedTuple):
-    """What a PID file says: whether it is there, its number, and whether that is alive."""
+    """What a PID file says: whether it is there, its number, whether that is alive."""
 
     found: bool
     pid: int
@@ -3484,7 +3518,7 @@ class Standing(NamedTuple):
 
 
 def probe_pid_file(path: str) -> Standing:
-    """Look whether a daemon holds the PID file, by a shared lock taken for an instant."""
+    """Whether a daemon holds the PID file, by a shared lock taken for an instant."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -3504,7 +3538,7 @@ def probe_pid_file(path: str) -> Standing:
 
 
 def hold_pid_file(path: str) -> int:
-    """A descriptor that holds the PID file for us, emptied; Problem if a daemon has it."""
+    """A descriptor that holds the PID file for us, emptied; Problem if it is taken."""
     until = time.monotonic() + 1
     while True:
         try:
@@ -3521,9 +3555,10 @@ def hold_pid_file(path: str) -> int:
             if time.monotonic() > until:
                 os.close(handle)
                 pid = probe_pid_file(path).pid
-                raise Problem(f"a worker daemon runs already: PID {pid or 'unknown'} holds "
-                              f"{path}", "stop it: queuectl worker stop, or use another "
-                              "--pid-file") from None
+                raise Problem(
+                    f"a worker daemon runs already: PID {pid or '?'} holds {path}",
+                    "stop it (queuectl worker stop), or give another --pid-file"
+                ) from None
             time.sleep(0.02)
         os.close(handle)
 
@@ -3552,9 +3587,8 @@ class Supervisor:
         self._held = held  # descriptors that only the supervisor may have
         self._kill_at = math.inf
         processes = min(count, os.cpu_count() or 1)
-        self._children = [
-            _Child(slots, Ledger(slots)) for slots in
-            (count // processes + (number < count % processes) for number in range(processes))]
+        shares = [len(range(at, count, processes)) for at in range(processes)]
+        self._children = [_Child(slots, Ledger(slots)) for slots in shares]
         self._lifeline, self._life = os.pipe()
         self._ready, self._ready_end = os.pipe()
         os.set_blocking(self._ready, False)
@@ -3624,7 +3658,7 @@ class Supervisor:
                     self._on_end(child, status)
 
     def _on_end(self, child: _Child, status: int) -> None:
-        """A worker ended: as it was told, or drained, or in a crash that we make good."""
+        """A worker ended: told to, drained, or in a crash that we make good."""
         if os.WIFEXITED(status) and (self.stopping or self.crew.drain
                                      or os.WEXITSTATUS(status) == 1):
             # Told to, drained, or unable to go on: in each case this one is over.
@@ -3657,7 +3691,7 @@ class Supervisor:
         elif number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
             if not self.stopping:
                 self.stopping = True
-                self.crew.say("stopping: running jobs may end; once more to end them now")
+                self.crew.say("stopping: running jobs may end; once more ends them now")
                 self._signal(signal.SIGTERM)
             elif not self.stop_signal:
                 self.stop_signal = number
@@ -3704,8 +3738,8 @@ def _serve(crew: Crew, start: Launch, held: int, report: Callable[[], None]) -> 
     served = f"queues {', '.join(crew.queues)}" if crew.queues else "all queues"
 
     def announce() -> None:
-        crew.say(f"{start.count} slot{'s' * (start.count > 1)} ready, serving {served} of "
-                 f"{crew.target}")
+        crew.say(f"{start.count} slot{'s' * (start.count > 1)} ready, serving {served} "
+                 f"of {crew.target}")
         report()
 
     try:
@@ -3761,7 +3795,7 @@ def _tell(handle: int) -> None:
 
 
 def _log_tail(path: str) -> str:
-    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as log:
+    with contextlib.suppress(OSError), open(path, errors="replace") as log:
         lines = [line.rstrip() for line in log.readlines()[-5:]]
         return ":\n  " + "\n  ".join(lines) if lines else ""
     return ""
@@ -3818,7 +3852,7 @@ def _await_end(path: str, standing: Standing, timeout_s: float,
             return TIMED_OUT
         if now >= say_at:
             say_at = now + 10
-            _whisper(f"worker daemon {standing.pid} is stopping{waits_for(standing.pid)}")
+            _whisper(f"worker daemon {standing.pid} stops{waits_for(standing.pid)}")
         time.sleep(0.05)
     _whisper(f"worker daemon {standing.pid} has stopped")
     return 0
@@ -3830,7 +3864,8 @@ def _await_end(path: str, standing: Standing, timeout_s: float,
 # folder, reachable by that socket alone. Paths are relative to the folder, since an
 # absolute one with a space breaks MariaDB's installer.
 
-SERVER_FOLDERS = ("/usr/sbin", "/usr/libexec", "/usr/local/sbin", "/usr/local/mysql/bin")
+SERVER_FOLDERS = ("/usr/sbin", "/usr/libexec", "/usr/local/sbin",
+                  "/usr/local/mysql/bin")
 SOCKET_PATH_MAX = 100
 SERVER_START_S, SERVER_STOP_S = 60.0, 60.0
 
@@ -3844,9 +3879,9 @@ def find_server() -> str:
         found = shutil.which(name, path=path)
         if found:
             return found
-    raise Problem("no mysqld or mariadbd was found in PATH, " + ", ".join(SERVER_FOLDERS),
-                  "install one (Debian: apt install mariadb-server-core), or point DB_HOST "
-                  "at a server", UNAVAILABLE)
+    raise Problem(f"no mysqld or mariadbd in PATH, {', '.join(SERVER_FOLDERS)}",
+                  "install one (Debian: apt install mariadb-server-core), or point "
+                  "DB_HOST at a server", UNAVAILABLE)
 
 
 class PrivateServer:
@@ -3862,7 +3897,7 @@ class PrivateServer:
         return private_socket(self.folder)
 
     def running(self) -> int:
-        """The server's PID, or 0: it answers on its socket, and its PID file names it."""
+        """The server's PID, if it answers on its socket; else 0."""
         try:
             with socket.socket(socket.AF_UNIX) as probe:
                 probe.connect(self.socket)
@@ -3907,9 +3942,9 @@ class PrivateServer:
         plain = os.path.join(self.folder, "mysqld.sock")
         note = os.path.join(self.folder, "socket")
         if len(os.fsencode(plain)) > SOCKET_PATH_MAX and not os.path.exists(note):
-            elsewhere = os.path.join(tempfile.mkdtemp(prefix="queuectl-"), "mysqld.sock")
+            elsewhere = tempfile.mkdtemp(prefix="queuectl-")
             with open(note, "w") as file:
-                file.write(elsewhere)
+                file.write(os.path.join(elsewhere, "mysqld.sock"))
 
     def _mariadb(self) -> bool:
         """By its own word: Debian's `mysqld` may be MariaDB."""
@@ -3925,12 +3960,13 @@ class PrivateServer:
         shutil.rmtree(making, ignore_errors=True)
         as_root = ["--user=root"] if os.geteuid() == 0 else []
         if self._mariadb():
-            installer = shutil.which("mariadb-install-db") or shutil.which("mysql_install_db")
+            installer = shutil.which("mariadb-install-db")
             if not installer:
-                raise Problem("mariadb-install-db was not found beside " + self.program,
+                raise Problem(f"{self.program} is there, but mariadb-install-db is not",
                               "install the package that holds it", UNAVAILABLE)
-            command = [installer, "--no-defaults", "--datadir=./data.new", "--skip-test-db",
-                       "--auth-root-authentication-method=normal", *as_root]
+            command = [installer, "--no-defaults", "--datadir=./data.new",
+                       "--skip-test-db", "--auth-root-authentication-method=normal",
+                       *as_root]
         else:
             command = [self.program, "--no-defaults", "--initialize-insecure",
                        "--datadir=" + making, *as_root]
@@ -3977,9 +4013,10 @@ class PrivateServer:
         profile = f"/etc/apparmor.d/usr.sbin.{os.path.basename(self.program)}"
         hint = f"see {self.log}"
         if os.path.exists(profile):
-            hint = (f"AppArmor confines {self.program} ({profile}): use a server that is "
-                    "already set up (DB_HOST), or let an administrator allow this folder")
-        return Problem(f"the private server {what}{_log_tail(self.log)}", hint, UNAVAILABLE)
+            hint = (f"AppArmor confines {self.program} ({profile}): use a server that "
+                    "is set up (DB_HOST), or have an administrator allow this folder")
+        return Problem(f"the private server {what}{_log_tail(self.log)}", hint,
+                       UNAVAILABLE)
 
 
 # ---- screen ------------------------------------------------------------------
@@ -4056,27 +4093,33 @@ def _box() -> Sequence[str]:
     return BOX
 
 
-def put_table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table; its last column gives way where the terminal is too narrow."""
-    cells = [[escaped("" if cell is None else str(cell)) for cell in row] for row in rows]
-    widths = [max(columns_of(row[at]) for row in [list(titles), *cells])
-              for at in range(len(titles))]
-    over = sum(widths) + 3 * len(widths) + 1 - terminal_width()
-    widths[-1] = max(min(widths[-1], 12), widths[-1] - max(0, over))
-    top, row_of, middle, bottom = _box()
+def put_table(titles: Sequence[str], rows: Iterable[Sequence[object]],
+              spare: Sequence[str] = ()) -> None:
+    """A table. Where the terminal is too narrow, its last column gives way down to 12
+    columns, then the `spare` ones are left out in their order."""
+    columns = [list(column) for column in zip(titles, *(
+        [escaped("" if cell is None else str(cell)) for cell in row] for row in rows))]
+    widths = [max(map(columns_of, column)) for column in columns]
+    last = min(widths[-1], 12)
+    for title in [*spare, ""]:
+        room = terminal_width() - sum(widths[:-1]) - 3 * len(widths) - 1
+        if room >= last or not title:
+            break
+        at = next(at for at, column in enumerate(columns) if column[0] == title)
+        del columns[at], widths[at]
+    widths[-1] = min(widths[-1], max(room, last))
+    top, sides, middle, bottom = _box()
 
     def rule(shape: str) -> str:
-        return shape[0] + shape[2].join(shape[1] * (width + 2) for width in widths) + shape[3]
-
-    def line(row: Sequence[str]) -> str:
-        inside = f" {row_of[2]} ".join(fit(cell, width) for cell, width in zip(row, widths))
-        return f"{row_of[0]} {inside} {row_of[3]}"
+        inside = shape[2].join(shape[1] * (width + 2) for width in widths)
+        return shape[0] + inside + shape[3]
 
     put(rule(top))
-    put(line(list(titles)))
-    put(rule(middle))
-    for row in cells:
-        put(line(row))
+    for number, row in enumerate(zip(*columns)):
+        inside = f" {sides[2]} ".join(map(fit, row, widths))
+        put(f"{sides[0]} {inside} {sides[3]}")
+        if number == 0:
+            put(rule(middle))
     put(rule(bottom))
 
 
@@ -4113,7 +4156,8 @@ COMMANDS: dict[str, Command] = {}
 Body = Callable[[argparse.Namespace], Optional[int]]
 
 
-def command(name: str, *args: Arg, examples: Sequence[str] = ()) -> Callable[[Body], Body]:
+def command(name: str, *args: Arg,
+            examples: Sequence[str] = ()) -> Callable[[Body], Body]:
     def declare(body: Body) -> Body:
         COMMANDS[name] = Command(name, body, args, tuple(examples))
         return body
@@ -4131,7 +4175,7 @@ def option(kind: Kind[T]) -> Callable[[str], T]:
     return read
 
 
-AS_JSON = arg("--json", action="store_true", help="for programs: JSON, one object a line")
+AS_JSON = arg("--json", action="store_true", help="for programs: an object a line")
 IDS = arg("ids", nargs="+", metavar="ID", help="the job's id")
 ID = arg("id", metavar="ID", help="the job's id")
 LIMIT = arg("--limit", type=option(whole(0, 10**9)), metavar="N",
@@ -4179,19 +4223,19 @@ def report(results: Iterable[Result], as_json: bool) -> int:
 
 @command(
     "enqueue",
-    arg("json", nargs="?", metavar="JSON", help="a job, or an array of jobs; - is -f -"),
+    arg("json", nargs="?", metavar="JSON", help="a job, or an array; - is -f -"),
     arg("-c", dest="command", metavar="CMD", type=option(JOB_KEYS["command"].kind),
         help="a shell command"),
-    arg("-f", dest="file", metavar="FILE", help="a file of JSON jobs, one a line; - is input"),
-    arg("--lines", metavar="FILE", help="a file of commands, one a line; - is input"),
+    arg("-f", dest="file", metavar="FILE", help="JSON jobs, one a line; - is input"),
+    arg("--lines", metavar="FILE", help="commands, one a line; - is input"),
     *JOB_OPTIONS,
-    arg("--if-absent", action="store_true", help="an id in use is passed over, not refused"),
+    arg("--if-absent", action="store_true", help="pass over an id that is in use"),
     arg("-q", "--quiet", action="store_true", help="print no ids"),
     AS_JSON,
     examples=("""enqueue '{"command":"echo hello","max_retries":3}'""",
               "enqueue -c 'sleep 5 && echo done' --priority 10",
               "enqueue -- tar czf /backup/etc.tgz /etc",
-              "find /data -name '*.wav' | sed 's/.*/flac &/' | queuectl enqueue --lines -"))
+              "enqueue --lines commands.txt --queue etl"))
 def enqueue_jobs(args: argparse.Namespace) -> int:
     """Add jobs to the queue.
 
@@ -4221,18 +4265,18 @@ def _job_defaults(args: argparse.Namespace) -> dict[str, object]:
         values["env"] = JOB_KEYS["env"].kind.read_json(
             {name: value for name, _, value in pairs}, "--env")
     if "delay" in values and "run_at" in values:
-        raise Problem("--delay and --run-at: only one of them can be given", status=USAGE)
+        raise Problem("--delay and --run-at: give only one", status=USAGE)
     return values
 
 
 def _spool_jobs(args: argparse.Namespace, defaults: Job_Values) -> Spool:
     if args.json == "-":
         args.json, args.file = None, "-"
-    sources = [source for source in (args.json, args.command, args.rest or None, args.file,
-                                     args.lines) if source is not None]
-    if len(sources) != 1:
-        raise Problem("enqueue takes exactly one of: JSON, -c CMD, -- PROG ARG…, -f FILE, "
-                      f"--lines FILE; {len(sources)} were given",
+    sources = (args.json, args.command, args.rest or None, args.file, args.lines)
+    given = sum(source is not None for source in sources)
+    if given != 1:
+        raise Problem("enqueue takes exactly one of: JSON, -c CMD, -- PROG ARG…, "
+                      f"-f FILE, --lines FILE; {given} were given",
                       "see: queuectl help enqueue", USAGE)
     if args.file is not None or args.lines is not None:
         with _opened_input(args.file if args.file is not None else args.lines) as file:
@@ -4240,17 +4284,16 @@ def _spool_jobs(args: argparse.Namespace, defaults: Job_Values) -> Spool:
     spool = Spool()
     if args.json is not None:
         document = parse_json(args.json)
-        for position, one in enumerate(document if isinstance(document, list) else [document]):
-            try:
-                spool.add(check_job(one, defaults))
-            except Problem as problem:
-                if isinstance(document, list):
-                    problem.what = f"job {position + 1} of the array: {problem.what}"
-                raise
-        return spool
-    text = args.command if args.command is not None else shlex.join(args.rest)
-    kind = JOB_KEYS["command"].kind
-    spool.add(complete_job({"command": kind.read(text, "command")}, defaults))
+    else:
+        document = {"command": args.command or shlex.join(args.rest)}
+    jobs = document if isinstance(document, list) else [document]
+    for number, one in enumerate(jobs):
+        try:
+            spool.add(check_job(one, defaults))
+        except Problem as problem:
+            if isinstance(document, list):
+                problem.what = f"job {number + 1} of the array: {problem.what}"
+            raise
     return spool
 
 
@@ -4269,23 +4312,16 @@ def _opened_input(path: str) -> Iterator[IO[bytes]]:
 
 def _print_ids(database: Database, spool: Spool, args: argparse.Namespace) -> None:
     """The ids, a page at a time; with --if-absent the states as they are now."""
-    page: list[dict[str, object]] = []
-
-    def put_page() -> None:
-        states = states_of(database, [str(one["id"]) for one in page]) if args.if_absent else {}
-        for one in page:
-            job_id, state = str(one["id"]), str(one.get("state", State.PENDING))
+    jobs = ((str(job["id"]), str(job.get("state", State.PENDING))) for job in spool)
+    while page := list(itertools.islice(jobs, PAGE)):
+        now = {}
+        if args.if_absent and args.json_output:
+            now = states_of(database, [job_id for job_id, _ in page])
+        for job_id, state in page:
             if args.json_output:
-                put_json({"id": job_id, "state": states.get(job_id, state)})
+                put_json({"id": job_id, "state": now.get(job_id, state)})
             else:
                 put(job_id)
-        page.clear()
-
-    for values in spool:
-        page.append({"id": values["id"], "state": values.get("state", State.PENDING)})
-        if len(page) == PAGE:
-            put_page()
-    put_page()
 
 
 # -- workers
@@ -4322,9 +4358,8 @@ def worker_start(args: argparse.Namespace) -> int:
         database.close()
     for complaint in [*configured.complaints, *_readable_dotenv(environment)]:
         say(f"queuectl: warning: {complaint}")
-    log = Log()
-    crew = Crew(target, environment, configured.settings, queues, args.drain, args.grace,
-                sys.stderr.isatty(), log.say)
+    crew = Crew(target, environment, configured.settings, queues, args.drain,
+                args.grace, sys.stderr.isatty(), Log().say)
     pid_file = args.pid_file or (environment.get("PID_FILE") if args.daemon else "")
     log_file = args.log_file or os.path.join(os.path.dirname(pid_file), "workers.log")
     return launch(crew, Launch(args.count, args.daemon,
@@ -4383,11 +4418,14 @@ def worker_list(args: argparse.Namespace) -> None:
 def _put_workers(rows: Sequence[dict[str, Json]]) -> None:
     put_table(["Worker", "Host", "PID", "Busy", "Heartbeat", "State", "Queues"],
               [[row["id"], row["host"], row["pid"], f"{row['busy']}/{row['slots']}",
-                row["heartbeat_at"], row["state"], _joined(row["queues"])] for row in rows])
+                row["heartbeat_at"], row["state"], ", ".join(_names(row)) or "all"]
+               for row in rows], spare=["Heartbeat", "Host"])
 
 
-def _joined(value: Json) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) and value else "all"
+def _names(row: Mapping[str, Json]) -> list[str]:
+    """The queues that a worker serves; none: all."""
+    names = row["queues"]
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 # -- looking
@@ -4441,29 +4479,29 @@ def _put_status(desk: Office, path: str, args: argparse.Namespace) -> None:
     if workers:
         _put_workers(workers)
     for name in _unserved(queues, workers):
-        say(f"warning: jobs wait in queue {name}, and no live worker serves it; start one: "
-            f"queuectl worker start --queue {name}")
+        say(f"warning: jobs wait in queue {name}, and no live worker serves it; start "
+            f"one: queuectl worker start --queue {name}")
 
 
 def _unserved(queues: Sequence[dict[str, Json]],
               workers: Sequence[dict[str, Json]]) -> list[str]:
-    served = [row["queues"] for row in workers if row["state"] == "running"]
+    served = [_names(row) for row in workers if row["state"] == "running"]
     return [str(row["queue"]) for row in queues if row["pending"]
-            and not any(not names or row["queue"] in names for names in served
-                        if isinstance(names, list))]
+            and not any(not names or row["queue"] in names for names in served)]
 
 
 @command(
     "list",
     arg("--state", metavar="S", help="only jobs in this state"),
-    arg("--queue", type=option(QUEUE_NAME), metavar="Q", help="only jobs of this queue"),
+    arg("--queue", type=option(QUEUE_NAME), metavar="Q", help="only of this queue"),
     LIMIT, AS_JSON,
     examples=("list", "list --state failed", "list --state pending --queue etl --json"))
 def list_jobs(args: argparse.Namespace) -> None:
     """List jobs, the newest first."""
     if args.state is not None and args.state not in list(State):
         raise Problem(f"--state: no such state: {excerpt(args.state)}",
-                      nearest(args.state, list(State)) or f"states: {' '.join(State)}", USAGE)
+                      nearest(args.state, list(State)) or f"states: {' '.join(State)}",
+                      USAGE)
     limit = args.limit if args.limit is not None else 0 if args.json else 100
     with office() as desk:
         views = desk.jobs(args.state, args.queue, limit)
@@ -4472,10 +4510,12 @@ def list_jobs(args: argparse.Namespace) -> None:
                 put_json(view.as_json())
             return
         shown = list(views)
-        total = desk.count(args.state, args.queue) if len(shown) == limit else len(shown)
+        full = len(shown) == limit
+        total = desk.count(args.state, args.queue) if full else len(shown)
     put_table(["Id", "State", "Attempt", "Queue", "When", "Command"],
               [[view.id, view.state, f"{view.attempts}/{view.allowed}", view.queue,
-                _when(view), view.command[:400]] for view in shown])
+                _when(view), view.command[:400]] for view in shown],
+              spare=["When", "Queue"])
     if total > len(shown):
         say(f"{len(shown):,} of {total:,}; --limit 0 for all")
 
@@ -4488,7 +4528,7 @@ def _when(view: View) -> str:
     return (moment or "")[:19].replace("T", " ")
 
 
-@command("show", ID, AS_JSON, examples=("show my-first-job", "show my-first-job --json"))
+@command("show", ID, AS_JSON, examples=("show my-job", "show my-job --json"))
 def show(args: argparse.Namespace) -> None:
     """Show all of one job: its settings, history and output."""
     with office() as desk:
@@ -4501,18 +4541,18 @@ def show(args: argparse.Namespace) -> None:
                   "history": [run.as_json() for run in history]})
         return
     facts = {**view.as_json(), "attempts": f"{view.attempts}/{view.allowed}",
-             "cwd": whole_job.cwd, "env": " ".join(f"{name}=***" for name in whole_job.env),
-             "after": " ".join(whole_job.after)}
+             "cwd": whole_job.cwd, "after": " ".join(whole_job.after),
+             "env": " ".join(f"{name}=***" for name in whole_job.env)}
     width = max(map(len, facts))
     for name, value in facts.items():
         if value not in (None, ""):
             put(f"{name:{width}}  {escaped(str(value))}")
     if history:
         put("history:")
-        put_table(["Run", "Attempt", "Started", "Seconds", "Exit", "Reason", "Worker", "Detail"],
+        put_table(["Run", "Attempt", "Started", "Seconds", "Exit", "Worker", "Reason"],
                   [[run.run, run.attempt, run.started_at, _seconds(run.duration),
-                    run.exit_code, run.reason or "running", run.worker, run.detail]
-                   for run in history])
+                    run.exit_code, run.worker, _why(run)] for run in history],
+                  spare=["Worker", "Attempt"])
     if output:
         put("output:")
         put(output.translate(MULTILINE).rstrip("\n"))
@@ -4522,13 +4562,19 @@ def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
+def _why(run: Run) -> str:
+    """How a run ended, with what is to be said of it."""
+    return f"{run.reason or 'running'}{': ' * bool(run.detail)}{run.detail or ''}"
+
+
 @command("logs", ID, examples=("logs my-first-job", "logs my-first-job > out.bin"))
 def logs(args: argparse.Namespace) -> None:
     """Print the output of a job's last run; raw where it is not a terminal."""
     with office() as desk:
         whole_job = desk.whole(args.id)
     if sys.stdout.isatty():
-        put(whole_job.output.decode("utf-8", "replace").translate(MULTILINE).rstrip("\n"))
+        text = whole_job.output.decode("utf-8", "replace")
+        put(text.translate(MULTILINE).rstrip("\n"))
     else:
         sys.stdout.buffer.write(whole_job.output)
     if not whole_job.history:
@@ -4558,7 +4604,7 @@ def dlq_list(args: argparse.Namespace) -> None:
     put_table(["Id", "Attempt", "Exit", "Reason", "Died", "Queue", "Command"],
               [[view.id, f"{view.attempts}/{view.allowed}", view.exit_code, view.reason,
                 (died_at or "")[:19].replace("T", " "), view.queue, view.command[:400]]
-               for view, died_at in letters])
+               for view, died_at in letters], spare=["Died", "Queue", "Exit"])
     if total > len(letters):
         say(f"{len(letters):,} of {total:,}; --limit 0 for all")
 
@@ -4572,8 +4618,8 @@ def dlq_list(args: argparse.Namespace) -> None:
 def dlq_retry(args: argparse.Namespace) -> int:
     """Put dead jobs back: due now, attempts kept, one more run granted."""
     with office(WRITING) as desk:
-        return report((desk.revive(job_id, args.retries, args.reset) for job_id in args.ids),
-                      args.json)
+        return report((desk.revive(job_id, args.retries, args.reset)
+                       for job_id in args.ids), args.json)
 
 
 # -- settings
@@ -4631,16 +4677,17 @@ def config_list(args: argparse.Namespace) -> None:
         configured = configure(environment, read_config(database))
     for complaint in configured.complaints:
         say(f"queuectl: warning: {complaint}")
-    rows = [(key, *configured.origins[key], field.metadata["default"], field.metadata["help"])
-            for key, field in KNOBS.items()]
-    if args.json:
-        for key, source, _, default, text in rows:
+    rows = []
+    for key, field in KNOBS.items():
+        (source, text), about = configured.origins[key], field.metadata
+        rows.append([key, text, source, about["default"], about["help"]])
+        if args.json:
             value = getattr(configured.settings, key)
-            put_json({"key": key, "value": sorted(value) if isinstance(value, frozenset)
-                      else value, "source": source, "default": default, "help": text})
-        return
-    put_table(["Key", "Value", "Source", "Default", "Help"],
-              [[key, value, source, default, text] for key, source, value, default, text in rows])
+            value = sorted(value) if isinstance(value, frozenset) else value
+            put_json({"key": key, "value": value, "source": source,
+                      "default": about["default"], "help": about["help"]})
+    if not args.json:
+        put_table(["Key", "Value", "Source", "Default", "Help"], rows, ["Default"])
 
 
 @contextlib.contextmanager
@@ -4672,8 +4719,9 @@ def db_start(args: argparse.Namespace) -> None:
     target = find_target(Environment.read())
     folder = find_private_folder() or PRIVATE_FOLDER
     if target.source not in ("default", PRIVATE_FOLDER):
-        raise Problem(f"the private server would not be used: {target.source} names {target}",
-                      "remove DB_HOST, DB_PORT and DB_SOCKET there, or go on with that server")
+        raise Problem("a private server would not be used: "
+                      f"{target.source} names {target}",
+                      "remove DB_HOST, DB_PORT and DB_SOCKET there, or use that server")
     server = PrivateServer(folder)
     started = server.start()
     put(f"private server {'started' if started else 'runs already'} in {folder}, "
@@ -4717,13 +4765,13 @@ def find_command(words: Sequence[str]) -> tuple[Command, list[str]]:
     at = next((at for at in plain if words[at] in firsts), None)
     if at is None:
         word = words[plain[0]] if plain else ""
-        raise Problem(f"no such command: {excerpt(word)}" if word else "no command is given",
+        raise Problem(f"no such command: {excerpt(word)}" if word else "no command",
                       nearest(word, [*firsts, *COMMANDS]) or "see: queuectl", USAGE)
     first, rest = words[at], [*words[:at], *words[at + 1:]]
     if first in COMMANDS:
         return COMMANDS[first], rest
     seconds = [name.split()[1] for name in COMMANDS if name.startswith(first + " ")]
-    second = next((spot for spot in range(at, len(rest)) if rest[spot] in seconds), None)
+    second = next((at for at in range(at, len(rest)) if rest[at] in seconds), None)
     if second is None:
         given = next((word for word in rest[at:] if not word.startswith("-")), "")
         raise Problem(f"{first}: no such command: {excerpt(given)}" if given
@@ -4734,8 +4782,7 @@ def find_command(words: Sequence[str]) -> tuple[Command, list[str]]:
 
 
 def parser_of(found: Command) -> Parser:
-    lines = "".join(f"\n  queuectl {line}" if not line.startswith("find ") else f"\n  {line}"
-                    for line in found.examples)
+    lines = "".join(f"\n  queuectl {line}" for line in found.examples)
     parser = Parser(prog=f"queuectl {found.name}", allow_abbrev=False,
                     description=found.body.__doc__, epilog=f"examples:{lines}",
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -4794,7 +4841,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader has gone (list | head); Python must not find that out again at exit.
+        # The reader has gone (list | head); Python must not meet that again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
