@@ -1215,7 +1215,7 @@ def explain_error(target: Target, error: Exception) -> Unreachable:
     if _refused(error) and target.source == "default":
         return Unreachable(
             "no database is configured, and no server answers at 127.0.0.1:3306; "
-            "looked in the environment (DB_HOST, DB_SOCKET), ./.env, the .env beside the "
+            "looked in the environment (DB_HOST, DB_SOCKET), ./.env, .env beside the "
             f"script and ./{PRIVATE_FOLDER}",
             "set DB_HOST, DB_USER and DB_PASSWORD, or start a private server: "
             "queuectl db start")
@@ -2446,8 +2446,8 @@ class Office:
                     "SELECT COUNT(*) FROM (SELECT 1 FROM jobs WHERE state = 'pending' "
                     f"AND queue = %s LIMIT {COUNTED_UP_TO}) AS some", (name,))
                 pending[name] = int(str(_single(cursor)))
-            return [{"queue": name, "pending": pending.get(name, 0),
-                     "processing": processing.get(name, 0)}
+            return [{"queue": name, str(State.PENDING): pending.get(name, 0),
+                     str(State.PROCESSING): processing.get(name, 0)}
                     for name in sorted({*pending, *processing})]
 
         return self.database.read(work)
@@ -2907,7 +2907,7 @@ def _signal_strays(mark: str, session: int, number: int) -> tuple[int, int]:
     for pid, one in seen.items():
         if pid == os.getpid() or not (one.marked or one.session in sessions):
             continue
-        with contextlib.suppress(ProcessLookupError), _opened(pid) as handle:
+        with contextlib.suppress(ProcessLookupError), pinned(pid) as handle:
             # The number may have passed to a stranger since: look again, then signal.
             again = _see(pid, wanted)
             if again and (again.marked or again.session in sessions):
@@ -2921,8 +2921,8 @@ def _signal_strays(mark: str, session: int, number: int) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _opened(pid: int) -> Iterator[int]:
-    """A descriptor of a process, -1 where the kernel has none."""
+def pinned(pid: int) -> Iterator[int]:
+    """A descriptor of a process, -1 where the kernel has none; ProcessLookupError."""
     try:
         handle = os.pidfd_open(pid)
     except (OSError, AttributeError) as error:
@@ -2934,6 +2934,33 @@ def _opened(pid: int) -> Iterator[int]:
     finally:
         if handle >= 0:
             os.close(handle)
+
+
+def send(pid: int, number: int, handle: int = -1) -> None:
+    """Signal a process, by its descriptor if it is pinned; it may be gone already."""
+    try:
+        if handle >= 0:
+            signal.pidfd_send_signal(handle, number)
+        else:
+            os.kill(pid, number)
+    except ProcessLookupError:
+        pass  # what was wanted of it has come about
+    except PermissionError:
+        raise Problem(f"process {pid} belongs to another user",
+                      "try again as that user or as root") from None
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process is there; a child of ours that has ended is reaped."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it is there, and another user's
+    return True
 
 
 def _all_pids() -> list[int]:
@@ -3702,7 +3729,7 @@ class Supervisor:
     def _signal(self, number: int) -> None:
         for child in self._children:
             if child.pid:
-                os.kill(child.pid, number)
+                send(child.pid, number)
 
 
 def _has_terminal() -> bool:
@@ -3784,7 +3811,7 @@ def _daemonize(crew: Crew, start: Launch, held: int) -> int:
               f"{start.log_file}", file=sys.stderr)
         return 0
     if not ready:
-        os.kill(pid, signal.SIGTERM)
+        send(pid, signal.SIGTERM)
     raise Problem(f"the worker daemon did not get ready{_log_tail(start.log_file)}",
                   f"see {start.log_file}", UNAVAILABLE)
 
@@ -3819,25 +3846,14 @@ def stop_daemon(path: str, now: bool, timeout_s: float,
     if not standing.alive:
         _whisper(f"no worker daemon: the PID file {path} is stale (no daemon holds it)")
         return 0
-    with contextlib.suppress(ProcessLookupError), _opened(standing.pid) as handle:
+    with contextlib.suppress(ProcessLookupError), pinned(standing.pid) as handle:
         if probe_pid_file(path) != standing:
             raise Problem(f"the PID file {path} has just changed hands",
                           "look again: queuectl status")
         for number in [signal.SIGTERM] + [signal.SIGINT] * now:
-            _send(standing.pid, handle, number)
+            send(standing.pid, number, handle)
         return _await_end(path, standing, timeout_s, waits_for)
     return 0
-
-
-def _send(pid: int, handle: int, number: int) -> None:
-    try:
-        if handle >= 0:
-            signal.pidfd_send_signal(handle, number)
-        else:
-            os.kill(pid, number)
-    except PermissionError:
-        raise Problem(f"the worker daemon {pid} belongs to another user",
-                      "run worker stop as that user or as root") from None
 
 
 def _await_end(path: str, standing: Standing, timeout_s: float,
@@ -3926,9 +3942,8 @@ class PrivateServer:
         pid = self.running()
         if not pid:
             return False
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-        self._until(lambda: not self._alive(pid), SERVER_STOP_S, "did not stop")
+        send(pid, signal.SIGTERM)
+        self._until(lambda: not is_alive(pid), SERVER_STOP_S, "did not stop")
         return True
 
     def _await_the_dying(self) -> None:
@@ -3936,7 +3951,7 @@ class PrivateServer:
         with contextlib.suppress(OSError, ValueError, Problem), \
                 open(os.path.join(self.folder, "mysqld.pid")) as file:
             pid = int(file.read())
-            self._until(lambda: not self._alive(pid), 10, "is still ending")
+            self._until(lambda: not is_alive(pid), 10, "is still ending")
 
     def _place_socket(self) -> None:
         plain = os.path.join(self.folder, "mysqld.sock")
@@ -3992,15 +4007,6 @@ class PrivateServer:
         if server.poll() is not None:
             raise self._failure("did not start")
         server.returncode = 0  # it outlives us
-
-    def _alive(self, pid: int) -> bool:
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-        return True
 
     def _until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
         until = time.monotonic() + seconds
@@ -4475,7 +4481,8 @@ def _put_status(desk: Office, path: str, args: argparse.Namespace) -> None:
         put(f"Worker PID file found at {path} (stale, no daemon holds it)")
     if queues:
         put_table(["Queue", "Pending", "Processing"],
-                  [[row["queue"], row["pending"], row["processing"]] for row in queues])
+                  [[row["queue"], row[State.PENDING], row[State.PROCESSING]]
+                   for row in queues])
     if workers:
         _put_workers(workers)
     for name in _unserved(queues, workers):
@@ -4486,7 +4493,7 @@ def _put_status(desk: Office, path: str, args: argparse.Namespace) -> None:
 def _unserved(queues: Sequence[dict[str, Json]],
               workers: Sequence[dict[str, Json]]) -> list[str]:
     served = [_names(row) for row in workers if row["state"] == "running"]
-    return [str(row["queue"]) for row in queues if row["pending"]
+    return [str(row["queue"]) for row in queues if row[State.PENDING]
             and not any(not names or row["queue"] in names for names in served)]
 
 
@@ -4569,7 +4576,7 @@ def _why(run: Run) -> str:
 
 @command("logs", ID, examples=("logs my-first-job", "logs my-first-job > out.bin"))
 def logs(args: argparse.Namespace) -> None:
-    """Print the output of a job's last run; raw where it is not a terminal."""
+    """Print the output of a job's last run; raw on a pipe."""
     with office() as desk:
         whole_job = desk.whole(args.id)
     if sys.stdout.isatty():
@@ -4583,7 +4590,7 @@ def logs(args: argparse.Namespace) -> None:
 
 @command("cancel", IDS, AS_JSON, examples=("cancel my-first-job", "cancel a b c"))
 def cancel(args: argparse.Namespace) -> int:
-    """Cancel jobs: waiting ones now, running ones by their workers."""
+    """Cancel jobs: waiting ones now, running ones by their worker."""
     with office(WRITING) as desk:
         return report((desk.cancel(job_id) for job_id in args.ids), args.json)
 
@@ -4616,7 +4623,10 @@ def dlq_list(args: argparse.Namespace) -> None:
     arg("--reset", action="store_true", help="start the count of attempts again"),
     AS_JSON, examples=("dlq retry my-first-job", "dlq retry a b --retries 3"))
 def dlq_retry(args: argparse.Namespace) -> int:
-    """Put dead jobs back: due now, attempts kept, one more run granted."""
+    """Put dead jobs back: due now, one more run granted.
+
+    They keep their attempts, unless --reset starts the count again.
+    """
     with office(WRITING) as desk:
         return report((desk.revive(job_id, args.retries, args.reset)
                        for job_id in args.ids), args.json)
@@ -4671,7 +4681,7 @@ def config_unset(args: argparse.Namespace) -> None:
 
 @command("config list", AS_JSON, examples=("config list",))
 def config_list(args: argparse.Namespace) -> None:
-    """Show every setting: its value, where that comes from, and its default."""
+    """Show every setting, its value's source and its default."""
     environment = Environment.read()
     with _config_database() as database:
         configured = configure(environment, read_config(database))
@@ -4703,7 +4713,7 @@ def _config_database() -> Iterator[Database]:
 
 @command("db init", examples=("db init",))
 def db_init(args: argparse.Namespace) -> None:
-    """Create the database and its tables, or bring older ones up to date."""
+    """Create the database and its tables, or upgrade older ones."""
     put(init_database(find_target(Environment.read())))
 
 
@@ -4715,7 +4725,7 @@ def db_schema(args: argparse.Namespace) -> None:
 
 @command("db start", examples=("db start",))
 def db_start(args: argparse.Namespace) -> None:
-    """Start a private MySQL in ./.queuectl, for a machine without one."""
+    """Start a private MySQL in ./.queuectl, where there is none."""
     target = find_target(Environment.read())
     folder = find_private_folder() or PRIVATE_FOLDER
     if target.source not in ("default", PRIVATE_FOLDER):
