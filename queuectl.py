@@ -1249,6 +1249,8 @@ def insert_rows(cursor: Cursor, packet_bytes: int, head: str,
     for template, arguments in rows:
         part = cursor.mogrify(template, tuple(arguments))
         length = 4 * len(part) if not part.isascii() else len(part)
+        if length > packet_bytes - 4096:  # sent, it would look like an outage
+            raise _driver().OperationalError(1153, f"a row of {length} bytes")
         if parts and (size + length > limit or len(parts) >= 1000):
             cursor.execute(f"{head} {', '.join(parts)} {tail}")
             parts, size = [], 0
@@ -3916,7 +3918,10 @@ class PrivateServer:
         """The server's PID, if it answers on its socket; else 0."""
         try:
             with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(5)
                 probe.connect(self.socket)
+                if not probe.recv(1):  # a dying server still accepts, but says nothing
+                    return 0
             with open(os.path.join(self.folder, "mysqld.pid")) as file:
                 return int(file.read())
         except (OSError, ValueError):

@@ -43,11 +43,15 @@ SCRIPT = os.path.join(HERE, "queuectl.py")
 TABLES = ("jobs", "dependencies", "runs", "dlq", "workers", "queues", "schedules")
 # A tenth of the real times: a lease of 3 s, and nothing waits longer than it must.
 SCALED = {
-    "QUEUECTL_HEARTBEAT": "0.5", "QUEUECTL_WORKER_TIMEOUT": "3",
-    "QUEUECTL_POLL_INTERVAL": "0.2", "QUEUECTL_KILL_GRACE": "1",
-    "QUEUECTL_BACKOFF_MAX": "0.3"}
-slow = unittest.skipUnless(os.environ.get("QUEUECTL_SLOW_TESTS"),
-                           "QUEUECTL_SLOW_TESTS=1")
+    "QUEUECTL_HEARTBEAT": "0.5",
+    "QUEUECTL_WORKER_TIMEOUT": "3",
+    "QUEUECTL_POLL_INTERVAL": "0.2",
+    "QUEUECTL_KILL_GRACE": "1",
+    "QUEUECTL_BACKOFF_MAX": "0.3",
+}
+slow = unittest.skipUnless(
+    os.environ.get("QUEUECTL_SLOW_TESTS"), "QUEUECTL_SLOW_TESTS=1"
+)
 
 
 def setUpModule() -> None:
@@ -55,12 +59,18 @@ def setUpModule() -> None:
     folder = tempfile.mkdtemp(prefix="queuectl-test-")
     unittest.addModuleCleanup(shutil.rmtree, folder, True)
     QueueCase.server = queuectl.PrivateServer(
-        os.path.join(folder, "server"), os.environ.get("QUEUECTL_TEST_MYSQLD", ""))
+        os.path.join(folder, "server"), os.environ.get("QUEUECTL_TEST_MYSQLD", "")
+    )
     QueueCase.server.start()
     unittest.addModuleCleanup(QueueCase.server.stop)
     environment = {"DB_SOCKET": QueueCase.server.socket, "DB_USER": "root"}
-    subprocess.run([sys.executable, SCRIPT, "db", "init"], check=True, cwd=folder,
-                   stdout=subprocess.DEVNULL, env={**plain_environment(), **environment})
+    subprocess.run(
+        [sys.executable, SCRIPT, "db", "init"],
+        check=True,
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        env={**plain_environment(), **environment},
+    )
 
 
 def read_file(name: str) -> str:
@@ -70,8 +80,11 @@ def read_file(name: str) -> str:
 
 def plain_environment() -> dict[str, str]:
     """This process's variables, less all that would configure queuectl."""
-    return {name: value for name, value in os.environ.items()
-            if not re.match(r"DB_|DATABASE_URL|QUEUECTL_|PID_FILE", name)}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not re.match(r"DB_|DATABASE_URL|QUEUECTL_|PID_FILE", name)
+    }
 
 
 class Background:
@@ -107,11 +120,20 @@ class QueueCase(unittest.TestCase):
     def setUp(self) -> None:
         self.folder = tempfile.mkdtemp(prefix="queuectl-case-")
         self.addCleanup(shutil.rmtree, self.folder, True)
-        self.environment = {**plain_environment(), "DB_SOCKET": self.server.socket,
-                            "DB_USER": "root", **self.settings}
-        self.database = pymysql.connect(unix_socket=self.server.socket, user="root",
-                                        database="queuectl", autocommit=True,
-                                        ssl_disabled=True, charset="utf8mb4")
+        self.environment = {
+            **plain_environment(),
+            "DB_SOCKET": self.server.socket,
+            "DB_USER": "root",
+            **self.settings,
+        }
+        self.database = pymysql.connect(
+            unix_socket=self.server.socket,
+            user="root",
+            database="queuectl",
+            autocommit=True,
+            ssl_disabled=True,
+            charset="utf8mb4",
+        )
         self.addCleanup(self.database.close)
         for table in TABLES:
             self.sql(f"DELETE FROM {table}")
@@ -125,25 +147,39 @@ class QueueCase(unittest.TestCase):
             cursor.execute(query, arguments or None)
             return list(cursor.fetchall())
 
-    def run_queuectl(self, *argv: str, stdin: bytes = b"",
-                     **variables: str) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run([sys.executable, SCRIPT, *argv], input=stdin, cwd=self.folder,
-                              capture_output=True, timeout=60, check=False,
-                              env={**self.environment, **variables})
+    def run_queuectl(
+        self, *argv: str, stdin: bytes = b"", **variables: str
+    ) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
+            [sys.executable, SCRIPT, *argv],
+            input=stdin,
+            cwd=self.folder,
+            capture_output=True,
+            timeout=60,
+            check=False,
+            env={**self.environment, **variables},
+        )
 
-    def queuectl(self, *argv: str, status: int = 0, stdin: bytes = b"",
-                 **variables: str) -> str:
+    def queuectl(
+        self, *argv: str, status: int = 0, stdin: bytes = b"", **variables: str
+    ) -> str:
         """Run a command that must end with `status`; its standard output."""
         done = self.run_queuectl(*argv, stdin=stdin, **variables)
-        self.assertEqual(done.returncode, status, f"queuectl {' '.join(argv)}\n"
-                         f"{done.stdout.decode()}\n{done.stderr.decode()}")
+        self.assertEqual(
+            done.returncode,
+            status,
+            f"queuectl {' '.join(argv)}\n"
+            f"{done.stdout.decode()}\n{done.stderr.decode()}",
+        )
         self.assertNotIn(b"Traceback", done.stderr)
         self.errors = done.stderr.decode()
         return done.stdout.decode()
 
     def enqueue(self, command: str, **keys: object) -> str:
         """The id of a new job."""
-        return self.queuectl("enqueue", json.dumps({"command": command, **keys})).strip()
+        return self.queuectl(
+            "enqueue", json.dumps({"command": command, **keys})
+        ).strip()
 
     def show(self, job_id: str) -> dict[str, object]:
         found: dict[str, object] = json.loads(self.queuectl("show", job_id, "--json"))
@@ -154,9 +190,14 @@ class QueueCase(unittest.TestCase):
         log = self.path(f"background-{time.monotonic_ns()}.log")
         with open(log, "wb") as file:
             process = subprocess.Popen(
-                [sys.executable, SCRIPT, *argv], cwd=self.folder, stdin=subprocess.DEVNULL,
-                stdout=file, stderr=file, start_new_session=True,
-                env={**self.environment, **variables})
+                [sys.executable, SCRIPT, *argv],
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+                env={**self.environment, **variables},
+            )
         found = Background(process, log)
         self.addCleanup(self.end, found)
         return found
@@ -164,8 +205,12 @@ class QueueCase(unittest.TestCase):
     def worker(self, *argv: str, **variables: str) -> Background:
         """A `worker start`, returned once its first process is ready."""
         found = self.start("worker", "start", *argv, **variables)
-        self.wait_until(lambda: "ready, serving" in found.said()
-                        or found.process.poll() is not None, "the worker is ready")
+        self.wait_until(
+            lambda: (
+                "ready, serving" in found.said() or found.process.poll() is not None
+            ),
+            "the worker is ready",
+        )
         return found
 
     def end(self, background: Background) -> None:
@@ -189,11 +234,13 @@ class QueueCase(unittest.TestCase):
         self.assertEqual(self.state(job_id), state)
 
     def wait_state(self, job_id: str, state: State, timeout: float = 30) -> None:
-        self.wait_until(lambda: self.state(job_id) == state,
-                        f"job {job_id} is {state}", timeout)
+        self.wait_until(
+            lambda: self.state(job_id) == state, f"job {job_id} is {state}", timeout
+        )
 
-    def wait_until(self, condition: Callable[[], object], what: str,
-                   timeout: float = 30) -> None:
+    def wait_until(
+        self, condition: Callable[[], object], what: str, timeout: float = 30
+    ) -> None:
         """The only way to wait."""
         until = time.monotonic() + timeout
         while not condition():
@@ -214,8 +261,9 @@ def descendants(pid: int) -> list[int]:
     for name in os.listdir("/proc"):
         if name.isdigit():
             with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:
-                parents.setdefault(int(file.read().rsplit(") ", 1)[1].split()[1]), []).append(
-                    int(name))
+                parents.setdefault(
+                    int(file.read().rsplit(") ", 1)[1].split()[1]), []
+                ).append(int(name))
     found, left = [], [pid]
     while left:
         below = parents.get(left.pop(), [])
@@ -238,8 +286,13 @@ class WorkCase(QueueCase):
         with open(log, "wb") as file:
             process = subprocess.Popen(
                 [*wrap, sys.executable, SCRIPT, "worker", "start", f"--count={count}"],
-                cwd=self.folder, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-                start_new_session=True, env=self.environment)
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+                env=self.environment,
+            )
         found = Background(process, log)
         self.addCleanup(self.end, found)
         self.wait_until(lambda: "ready, serving" in found.said(), "the worker is ready")
@@ -249,7 +302,10 @@ class WorkCase(QueueCase):
         """The processes that this test started, or they did, less the zombies."""
         mark, found = f"TEST_CASE={self.folder}".encode(), []
         for name in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
+            with (
+                contextlib.suppress(OSError),
+                open(f"/proc/{name}/environ", "rb") as file,
+            ):
                 if mark in file.read().split(b"\0"):
                     found.append(int(name))
         return found
@@ -263,24 +319,33 @@ class WorkCase(QueueCase):
         """The id of a job that was INSERTed, as an application does it."""
         job_id = queuectl.new_id()
         values = {"id": job_id, "command": command, **columns}
-        self.sql(f"INSERT INTO jobs ({', '.join(values)}) "
-                 f"VALUES ({', '.join(['%s'] * len(values))})", *values.values())
+        self.sql(
+            f"INSERT INTO jobs ({', '.join(values)}) "
+            f"VALUES ({', '.join(['%s'] * len(values))})",
+            *values.values(),
+        )
         return job_id
 
     def put_many(self, count: int, command: str, **columns: object) -> None:
         values = {"command": command, **columns}
         row = f"({', '.join(['%s'] * len(values))})"
-        self.sql(f"INSERT INTO jobs ({', '.join(values)}) VALUES {', '.join([row] * count)}",
-                 *[*values.values()] * count)
+        self.sql(
+            f"INSERT INTO jobs ({', '.join(values)}) VALUES {', '.join([row] * count)}",
+            *[*values.values()] * count,
+        )
 
     def job(self, job_id: str, *columns: str) -> tuple[object, ...]:
-        return self.sql(f"SELECT {', '.join(columns)} FROM jobs WHERE id = %s", job_id)[0]
+        return self.sql(f"SELECT {', '.join(columns)} FROM jobs WHERE id = %s", job_id)[
+            0
+        ]
 
     def runs(self, job_id: str, *columns: str) -> list[tuple[object, ...]]:
         """These columns of a job's history, the first run first."""
         return self.sql(
             f"SELECT {', '.join('runs.' + one for one in columns or ('reason',))} "
-            "FROM runs JOIN jobs ON job = seq WHERE id = %s ORDER BY run", job_id)
+            "FROM runs JOIN jobs ON job = seq WHERE id = %s ORDER BY run",
+            job_id,
+        )
 
     def reasons(self, job_id: str) -> list[object]:
         return [row[0] for row in self.runs(job_id, "reason")]
@@ -290,21 +355,31 @@ class WorkCase(QueueCase):
 
     def wait_lines(self, name: str, count: int, timeout: float = 30) -> list[str]:
         """The lines of a file, once there are so many."""
-        self.wait_until(lambda: len(self.lines(name)) >= count,
-                        f"{count} lines in {name}", timeout)
+        self.wait_until(
+            lambda: len(self.lines(name)) >= count, f"{count} lines in {name}", timeout
+        )
         return self.lines(name)
 
     def wait_beats(self, count: int) -> None:
         """Until every worker has looked around so many times more."""
         for worker, beat in self.sql("SELECT id, beat FROM workers"):
-            self.wait_until(lambda: self.sql(
-                "SELECT 1 FROM workers WHERE id = %s AND beat >= %s + %s",
-                worker, beat, count), f"{count} beats")
+            self.wait_until(
+                lambda: self.sql(
+                    "SELECT 1 FROM workers WHERE id = %s AND beat >= %s + %s",
+                    worker,
+                    beat,
+                    count,
+                ),
+                f"{count} beats",
+            )
 
     def wait_ended(self, count: int, timeout: float = 60) -> None:
         """Until so many jobs are completed."""
-        self.wait_until(lambda: self.counts().get("completed") == count,
-                        f"{count} jobs are completed", timeout)
+        self.wait_until(
+            lambda: self.counts().get("completed") == count,
+            f"{count} jobs are completed",
+            timeout,
+        )
 
 
 def alive(pid: int) -> bool:
@@ -332,8 +407,10 @@ echo $QUEUECTL_JOB_ID $$ $(date +%s.%N) >> starts
 FIRST = '[ "$(grep -c $QUEUECTL_JOB_ID starts)" = 1 ]'
 CONTAINER = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
 can_unshare = unittest.skipUnless(
-    subprocess.run([*CONTAINER, "true"], capture_output=True, check=False).returncode == 0,
-    "needs the right to make a PID namespace")
+    subprocess.run([*CONTAINER, "true"], capture_output=True, check=False).returncode
+    == 0,
+    "needs the right to make a PID namespace",
+)
 
 
 class Proxy:
@@ -343,6 +420,7 @@ class Proxy:
     def __init__(self, to: str) -> None:
         self.to, self.port = to, 0
         self.open = threading.Event()
+        self.faults: list[str] = []  # of one COMMIT after the other; "": none
         self.sockets: list[socket.socket] = []
         self.listener: socket.socket | None = None
         self.pass_on()
@@ -352,7 +430,9 @@ class Proxy:
         if self.listener is None:
             self.listener = socket.create_server(("127.0.0.1", self.port))
             self.port = self.listener.getsockname()[1]
-            threading.Thread(target=self._accept, args=(self.listener,), daemon=True).start()
+            threading.Thread(
+                target=self._accept, args=(self.listener,), daemon=True
+            ).start()
 
     def hold(self) -> None:
         """Answer nothing any more, but stay connected: a black hole."""
@@ -383,24 +463,41 @@ class Proxy:
                 return
             server = socket.socket(socket.AF_UNIX)
             self.sockets += [client, server]
-            threading.Thread(target=self._serve, args=(client, server), daemon=True).start()
+            threading.Thread(
+                target=self._serve, args=(client, server), daemon=True
+            ).start()
 
     def _serve(self, client: socket.socket, server: socket.socket) -> None:
         with client, server:
             self.open.wait()
             with contextlib.suppress(OSError):
                 server.connect(self.to)
-                back = threading.Thread(target=self._pump, args=(server, client), daemon=True)
+                back = threading.Thread(
+                    target=self._pump, args=(server, client), daemon=True
+                )
                 back.start()
                 self._pump(client, server)
                 back.join()
+
+    def _lose(self, data: bytes, client: socket.socket, server: socket.socket) -> bool:
+        """Have a COMMIT's answer lost: it is carried out, or not, or once the client
+        has gone; False if this one is to pass."""
+        fault = self.faults.pop(0) if self.faults else ""
+        if fault:
+            client.shutdown(socket.SHUT_RDWR)
+        if fault == "late":
+            time.sleep(1)
+        if fault in ("after", "late"):
+            server.sendall(data)
+            server.recv(4096)
+        return bool(fault)
 
     def _pump(self, source: socket.socket, to: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while True:
                 data = source.recv(65536)
                 self.open.wait()
-                if not data:
+                if not data or (b"COMMIT" in data and self._lose(data, source, to)):
                     break
                 to.sendall(data)
         for one in (source, to):
@@ -447,8 +544,11 @@ class DesignTest(unittest.TestCase):
         cls.text = read_file("queuectl.py")
         cls.lines = cls.text.splitlines()
         cls.tree = ast.parse(cls.text, feature_version=(3, 9))
-        banners = [(line, at) for at, line in enumerate(cls.lines, 1)
-                   if line.startswith("# ---- ")]
+        banners = [
+            (line, at)
+            for at, line in enumerate(cls.lines, 1)
+            if line.startswith("# ---- ")
+        ]
         cls.rooms = [(line.split()[2], at) for line, at in banners]
 
     def room_of(self, line: int) -> str:
@@ -458,16 +558,24 @@ class DesignTest(unittest.TestCase):
         return [one for one in ast.walk(self.tree) if isinstance(one, ast.FunctionDef)]
 
     def test_the_map_names_the_rooms_in_their_order(self) -> None:
-        mapped = re.findall(r"(?m)^    (\w+) {2,}\S", ast.get_docstring(self.tree) or "")
+        mapped = re.findall(
+            r"(?m)^    (\w+) {2,}\S", ast.get_docstring(self.tree) or ""
+        )
         self.assertEqual(mapped, [name for name, _ in self.rooms])
 
     def test_no_room_uses_a_name_of_a_room_below_it(self) -> None:
         table = symtable.symtable(self.text, "queuectl.py", "exec")
         defined: dict[str, int] = {}
         for node in self.tree.body:
-            names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else \
-                [one.id for one in ast.walk(node) if isinstance(one, ast.Name)
-                 and isinstance(one.ctx, ast.Store)]
+            names = (
+                [node.name]
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+                else [
+                    one.id
+                    for one in ast.walk(node)
+                    if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)
+                ]
+            )
             for name in names:
                 defined.setdefault(name, node.lineno)
         order = [name for name, _ in self.rooms]
@@ -483,8 +591,12 @@ class DesignTest(unittest.TestCase):
                 at = defined.get(symbol.get_name(), 0)
                 if at >= first and symbol.is_global() and symbol.is_referenced():
                     there = order.index(self.room_of(at))
-                    self.assertLessEqual(there, here, f"{scope.get_name()} (line "
-                                         f"{scope.get_lineno()}) uses {symbol.get_name()}")
+                    self.assertLessEqual(
+                        there,
+                        here,
+                        f"{scope.get_name()} (line "
+                        f"{scope.get_lineno()}) uses {symbol.get_name()}",
+                    )
 
         look(table)
 
@@ -493,8 +605,11 @@ class DesignTest(unittest.TestCase):
             size = (one.end_lineno or 0) - one.lineno + 1
             size -= len((ast.get_docstring(one, clean=False) or "").splitlines())
             self.assertLessEqual(size, 60, one.name)
-            taken = [arg for arg in (*one.args.args, *one.args.kwonlyargs)
-                     if arg.arg not in ("self", "cls")]
+            taken = [
+                arg
+                for arg in (*one.args.args, *one.args.kwonlyargs)
+                if arg.arg not in ("self", "cls")
+            ]
             self.assertLessEqual(len(taken), 5, one.name)
 
     def test_the_file_stays_under_5000_lines_of_88_columns(self) -> None:
@@ -504,26 +619,32 @@ class DesignTest(unittest.TestCase):
                 self.assertLessEqual(len(line), 88, f"{name}:{at}")
 
     def test_only_the_connection_room_knows_pymysql(self) -> None:
-        for at, line in enumerate(self.lines[self.rooms[0][1]:], self.rooms[0][1] + 1):
+        for at, line in enumerate(self.lines[self.rooms[0][1] :], self.rooms[0][1] + 1):
             if re.search(r"\bpymysql\b|MySQLError|\b_driver\(", line):
                 self.assertEqual(self.room_of(at), "connection", line)
 
     def test_only_the_runner_room_kills_and_reaps(self) -> None:
-        kills = re.compile(r"os\.(kill|killpg|wait\w*|pidfd_open)\(|pidfd_send_signal"
-                           r"""|f?"/proc""")
+        kills = re.compile(
+            r"os\.(kill|killpg|wait\w*|pidfd_open)\(|pidfd_send_signal"
+            r"""|f?"/proc"""
+        )
         for at, line in enumerate(self.lines, 1):
             if kills.search(line):
                 self.assertEqual(self.room_of(at), "runner", f"line {at}: {line}")
 
     def test_a_state_is_never_a_loose_string(self) -> None:
         states = set(State)
-        owner = next(one for one in self.tree.body if isinstance(one, ast.ClassDef)
-                     and one.name == "State")
+        owner = next(
+            one
+            for one in self.tree.body
+            if isinstance(one, ast.ClassDef) and one.name == "State"
+        )
         inside = range(owner.lineno, (owner.end_lineno or 0) + 1)
         for one in ast.walk(self.tree):
             if isinstance(one, ast.Constant) and one.value in states:
                 allowed = one.lineno in inside or (
-                    one.value in ("dead", "cancelled"))  # also words of on_lost, Reason
+                    one.value in ("dead", "cancelled")
+                )  # also words of on_lost, Reason
                 self.assertTrue(allowed, f"line {one.lineno}: {one.value}")
 
     def test_the_schema_and_the_code_list_the_same_states(self) -> None:
@@ -548,8 +669,10 @@ class DesignTest(unittest.TestCase):
         readme, example = read_file("README.md"), read_file(".env.example")
         for key, field in queuectl.KNOBS.items():
             default = field.metadata["default"]
-            self.assertIn(f"| `{key}` | {default or '(none)'} | {field.metadata['help']} |",
-                          readme)
+            self.assertIn(
+                f"| `{key}` | {default or '(none)'} | {field.metadata['help']} |",
+                readme,
+            )
             self.assertIn(f"\n#{queuectl.variable_of(key)}={default}\n", example)
         for name, variable in queuectl.VARIABLES.items():
             self.assertIn(f"`{name}`", readme)
@@ -560,20 +683,47 @@ class SettingsTest(unittest.TestCase):
     """Values, .env and the order of the sources."""
 
     def environment(self, *layers: Mapping[str, str]) -> queuectl.Environment:
-        return queuectl.Environment(tuple(
-            (f"layer {at}", layer) for at, layer in enumerate(layers)))
+        return queuectl.Environment(
+            tuple((f"layer {at}", layer) for at, layer in enumerate(layers))
+        )
 
     def test_durations_are_read_as_people_write_them(self) -> None:
-        for text, seconds in (("90", 90), ("90s", 90), ("5m", 300), ("2h30m", 9000),
-                              ("1d", 86400), ("0.5", 0.5), ("1.5h", 5400), ("0", 0)):
+        for text, seconds in (
+            ("90", 90),
+            ("90s", 90),
+            ("5m", 300),
+            ("2h30m", 9000),
+            ("1d", 86400),
+            ("0.5", 0.5),
+            ("1.5h", 5400),
+            ("0", 0),
+        ):
             self.assertEqual(queuectl.parse_duration(text), seconds, text)
-        for text in ("", "-1", "5x", "m", "5 m", "1e3", "inf", "nan", "1h-5m", "9" * 13):
+        for text in (
+            "",
+            "-1",
+            "5x",
+            "m",
+            "5 m",
+            "1e3",
+            "inf",
+            "nan",
+            "1h-5m",
+            "9" * 13,
+        ):
             with self.subTest(text), self.assertRaises(ValueError):
                 queuectl.parse_duration(text)
 
     def test_durations_are_said_briefly(self) -> None:
-        for seconds, text in ((0, "0 s"), (0.25, "0.2 s"), (41, "41 s"), (150, "2 m 30 s"),
-                              (60, "1 m"), (11100, "3 h 5 m"), (90000, "1 d 1 h")):
+        for seconds, text in (
+            (0, "0 s"),
+            (0.25, "0.2 s"),
+            (41, "41 s"),
+            (150, "2 m 30 s"),
+            (60, "1 m"),
+            (11100, "3 h 5 m"),
+            (90000, "1 d 1 h"),
+        ):
             self.assertEqual(queuectl.say_duration(seconds), text)
 
     def test_every_default_is_a_value_of_its_kind(self) -> None:
@@ -581,25 +731,38 @@ class SettingsTest(unittest.TestCase):
             field.metadata["kind"].read(field.metadata["default"], key)
 
     def test_values_out_of_bounds_are_refused_with_what_is_expected(self) -> None:
-        for key, text in (("backoff_base", "0"), ("backoff_base", "nan"),
-                          ("backoff_base", "x"), ("max_retries", "-1"),
-                          ("max_retries", "1.5"), ("max_retries", "9" * 30),
-                          ("poll_interval", "0"), ("on_lost", "maybe"),
-                          ("permanent_exit_codes", "0"), ("permanent_exit_codes", "256"),
-                          ("output_limit", "17000000"), ("job_timeout", "20y")):
-            with self.subTest(f"{key}={text}"), \
-                    self.assertRaises(queuectl.Problem) as caught:
+        for key, text in (
+            ("backoff_base", "0"),
+            ("backoff_base", "nan"),
+            ("backoff_base", "x"),
+            ("max_retries", "-1"),
+            ("max_retries", "1.5"),
+            ("max_retries", "9" * 30),
+            ("poll_interval", "0"),
+            ("on_lost", "maybe"),
+            ("permanent_exit_codes", "0"),
+            ("permanent_exit_codes", "256"),
+            ("output_limit", "17000000"),
+            ("job_timeout", "20y"),
+        ):
+            with (
+                self.subTest(f"{key}={text}"),
+                self.assertRaises(queuectl.Problem) as caught,
+            ):
                 queuectl.KNOBS[key].metadata["kind"].read(text, key)
             self.assertEqual(caught.exception.status, 2)
             self.assertIn(f"{key}: expected ", caught.exception.what)
 
     def test_the_environment_beats_the_table_which_beats_the_default(self) -> None:
-        both = self.environment({"QUEUECTL_BACKOFF_BASE": "5"}, {"QUEUECTL_BACKOFF_BASE": "7"})
+        both = self.environment(
+            {"QUEUECTL_BACKOFF_BASE": "5"}, {"QUEUECTL_BACKOFF_BASE": "7"}
+        )
         for environment, table, value, source in (
-                (both, {"backoff_base": "3"}, 5, "layer 0"),
-                (self.environment({}, {"QUEUECTL_BACKOFF_BASE": "7"}), {}, 7, "layer 1"),
-                (self.environment(), {"backoff_base": "3"}, 3, "config"),
-                (self.environment(), {}, 2, "default")):
+            (both, {"backoff_base": "3"}, 5, "layer 0"),
+            (self.environment({}, {"QUEUECTL_BACKOFF_BASE": "7"}), {}, 7, "layer 1"),
+            (self.environment(), {"backoff_base": "3"}, 3, "config"),
+            (self.environment(), {}, 2, "default"),
+        ):
             found = queuectl.configure(environment, table)
             self.assertEqual(found.settings.backoff_base, value)
             self.assertEqual(found.origins["backoff_base"][0], source)
@@ -622,11 +785,21 @@ class SettingsTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, ".env")
             with open(path, "w") as file:
-                file.write("# comment\n\nA=1\nexport B = two words # gone\n"
-                           "C='$(id) # kept'\nD=\"a\\\"b\\n\"\nE=\nF=a#b\n")
-            self.assertEqual(queuectl.read_dotenv(path), {
-                "A": "1", "B": "two words", "C": "$(id) # kept", "D": 'a"b\n', "E": "",
-                "F": "a#b"})
+                file.write(
+                    "# comment\n\nA=1\nexport B = two words # gone\n"
+                    "C='$(id) # kept'\nD=\"a\\\"b\\n\"\nE=\nF=a#b\n"
+                )
+            self.assertEqual(
+                queuectl.read_dotenv(path),
+                {
+                    "A": "1",
+                    "B": "two words",
+                    "C": "$(id) # kept",
+                    "D": 'a"b\n',
+                    "E": "",
+                    "F": "a#b",
+                },
+            )
             for bad in ("A=1\nsecret-word\n", "A=1\nB='secret-word\n"):
                 with open(path, "w") as file:
                     file.write(bad)
@@ -636,20 +809,30 @@ class SettingsTest(unittest.TestCase):
                 self.assertNotIn("secret", caught.exception.what)
 
     def test_address_and_account_are_each_whole_from_the_first_source(self) -> None:
-        target = queuectl.find_target(self.environment(
-            {"DB_HOST": "a,b:33,[::1]:44"},
-            {"DB_HOST": "x", "DB_PORT": "7", "DB_USER": "u", "DB_PASSWORD": "p"},
-            {"DB_USER": "w", "DB_PASSWORD": "q"}))
+        target = queuectl.find_target(
+            self.environment(
+                {"DB_HOST": "a,b:33,[::1]:44"},
+                {"DB_HOST": "x", "DB_PORT": "7", "DB_USER": "u", "DB_PASSWORD": "p"},
+                {"DB_USER": "w", "DB_PASSWORD": "q"},
+            )
+        )
         self.assertEqual(target.hosts, (("a", 3306), ("b", 33), ("::1", 44)))
         self.assertEqual((target.user, target.password), ("u", "p"))
         self.assertEqual((target.source, target.account_source), ("layer 0", "layer 1"))
         self.assertNotIn("'p'", repr(target))
 
     def test_a_bad_address_is_named(self) -> None:
-        for name, text in (("DB_PORT", "none"), ("DB_PORT", "70000"), ("DB_HOST", "a:99999"),
-                           ("DB_HOST", ","), ("DB_SSL_MODE", "yes")):
-            with self.subTest(f"{name}={text}"), \
-                    self.assertRaises(queuectl.Problem) as caught:
+        for name, text in (
+            ("DB_PORT", "none"),
+            ("DB_PORT", "70000"),
+            ("DB_HOST", "a:99999"),
+            ("DB_HOST", ","),
+            ("DB_SSL_MODE", "yes"),
+        ):
+            with (
+                self.subTest(f"{name}={text}"),
+                self.assertRaises(queuectl.Problem) as caught,
+            ):
                 queuectl.find_target(self.environment({name: text}))
             self.assertEqual(caught.exception.status, 2)
             self.assertIn(name, caught.exception.what)
@@ -661,8 +844,9 @@ class RulesTest(unittest.TestCase):
     settings = queuectl.Settings()
 
     def held(self, **changes: object) -> queuectl.Held:
-        plain = queuectl.Held(1, "a", "t", 1, 1, 4, 0, 2.0, frozenset(), "retry", False,
-                              "w", None)
+        plain = queuectl.Held(
+            1, "a", "t", 1, 1, 4, 0, 2.0, frozenset(), "retry", False, "w", None
+        )
         return dataclasses.replace(plain, **changes)
 
     def judge(self, held: queuectl.Held, reason: str, code: int | None = None) -> str:
@@ -678,22 +862,33 @@ class RulesTest(unittest.TestCase):
     def test_the_end_of_a_run_decides_its_move(self) -> None:
         last = self.held(attempts=4)
         for held, reason, code, move in (
-                (self.held(), "exit", 0, "complete"), (self.held(), "exit", 1, "fail"),
-                (last, "exit", 0, "complete"), (last, "exit", 1, "bury"),
-                (self.held(), "timeout", 124, "fail"), (last, "timeout", 124, "bury"),
-                (self.held(), "signal", 137, "fail"), (self.held(), "spawn", None, "fail"),
-                (last, "spawn", None, "bury"), (self.held(), "handed back", 143, "hand back"),
-                (self.held(permanent_exit_codes=frozenset({3})), "exit", 3, "bury"),
-                (self.held(cancel_requested=True), "exit", 0, "cancel, ended"),
-                (self.held(cancel_requested=True), "lost", None, "cancel, ended")):
+            (self.held(), "exit", 0, "complete"),
+            (self.held(), "exit", 1, "fail"),
+            (last, "exit", 0, "complete"),
+            (last, "exit", 1, "bury"),
+            (self.held(), "timeout", 124, "fail"),
+            (last, "timeout", 124, "bury"),
+            (self.held(), "signal", 137, "fail"),
+            (self.held(), "spawn", None, "fail"),
+            (last, "spawn", None, "bury"),
+            (self.held(), "handed back", 143, "hand back"),
+            (self.held(permanent_exit_codes=frozenset({3})), "exit", 3, "bury"),
+            (self.held(cancel_requested=True), "exit", 0, "cancel, ended"),
+            (self.held(cancel_requested=True), "lost", None, "cancel, ended"),
+        ):
             with self.subTest(f"{reason} {code}, attempt {held.attempts}"):
                 self.assertEqual(self.judge(held, reason, code), move)
 
     def test_only_a_job_that_ran_alone_is_buried_for_loss(self) -> None:
         lost = queuectl.End(queuectl.Reason.LOST)
         for losses, attempts, move, wait_s, grant in (
-                (0, 1, "lose", 0, None), (1, 2, "lose", 4, None), (2, 3, "lose", 8, None),
-                (0, 4, "lose", 0, 5), (1, 4, "lose", 16, 5), (2, 4, "bury", 0, None)):
+            (0, 1, "lose", 0, None),
+            (1, 2, "lose", 4, None),
+            (2, 3, "lose", 8, None),
+            (0, 4, "lose", 0, 5),
+            (1, 4, "lose", 16, 5),
+            (2, 4, "bury", 0, None),
+        ):
             held = self.held(losses=losses, attempts=attempts)
             verdict = queuectl.judge(held, lost, self.settings, 0.0)
             with self.subTest(f"{losses} losses, attempt {attempts}"):
@@ -702,15 +897,21 @@ class RulesTest(unittest.TestCase):
 
     def test_a_failure_that_was_no_loss_starts_the_count_of_losses_again(self) -> None:
         end = queuectl.End(queuectl.Reason.EXIT, 1)
-        self.assertEqual(queuectl.judge(self.held(losses=2), end, self.settings, 0).losses, 0)
+        self.assertEqual(
+            queuectl.judge(self.held(losses=2), end, self.settings, 0).losses, 0
+        )
 
     def test_the_backoff_grows_by_powers_up_to_its_longest(self) -> None:
-        delays = [queuectl.backoff_s(2, n, self.settings, 0) for n in (1, 2, 3, 11, 12, 10**6)]
+        delays = [
+            queuectl.backoff_s(2, n, self.settings, 0) for n in (1, 2, 3, 11, 12, 10**6)
+        ]
         self.assertEqual(delays, [2, 4, 8, 2048, 3600, 3600])
         self.assertEqual(queuectl.backoff_s(1, 10**6, self.settings, 0), 1)
         half = queuectl.Settings(backoff_jitter=0.5)
         self.assertEqual(queuectl.backoff_s(2, 3, half, 1.0), 4)
-        self.assertEqual(queuectl.backoff_s(2, 3, queuectl.Settings(backoff_max=0), 0), 0)
+        self.assertEqual(
+            queuectl.backoff_s(2, 3, queuectl.Settings(backoff_max=0), 0), 0
+        )
 
     def test_a_worker_is_lost_when_its_beat_stood_still_for_its_lease(self) -> None:
         judge = queuectl.Judge()
@@ -736,8 +937,12 @@ class SchemaTest(QueueCase):
         self.other = {"DB_NAME": "queuectl_other"}
 
     def tables(self) -> int:
-        return len(self.sql("SELECT table_name FROM information_schema.tables "
-                            "WHERE table_schema = 'queuectl_other'"))
+        return len(
+            self.sql(
+                "SELECT table_name FROM information_schema.tables "
+                "WHERE table_schema = 'queuectl_other'"
+            )
+        )
 
     def test_the_client_can_run_the_migrations_twice(self) -> None:
         beside = os.path.join(os.path.dirname(self.server.program), "mysql")
@@ -746,8 +951,17 @@ class SchemaTest(QueueCase):
             self.skipTest("no mysql client")
         text = queuectl.schema_for("queuectl_other").encode()
         for _ in range(2):
-            subprocess.run([client, "--no-defaults", "-u", "root",
-                            f"--socket={self.server.socket}"], input=text, check=True)
+            subprocess.run(
+                [
+                    client,
+                    "--no-defaults",
+                    "-u",
+                    "root",
+                    f"--socket={self.server.socket}",
+                ],
+                input=text,
+                check=True,
+            )
         self.assertEqual(self.tables(), 8)
         self.assertIn("is there already", self.queuectl("db", "init", **self.other))
         self.queuectl("enqueue", "-c", "true", **self.other)
@@ -756,8 +970,10 @@ class SchemaTest(QueueCase):
         racers = [self.start("db", "init", **self.other) for _ in range(4)]
         self.assertEqual([racer.wait() for racer in racers], [0] * 4)
         self.assertEqual(self.tables(), 8)
-        self.assertEqual(self.queuectl("db", "schema", **self.other),
-                         queuectl.schema_for("queuectl_other"))
+        self.assertEqual(
+            self.queuectl("db", "schema", **self.other),
+            queuectl.schema_for("queuectl_other"),
+        )
 
     def test_tables_of_others_and_of_other_versions_are_refused(self) -> None:
         self.sql("CREATE DATABASE queuectl_other")
@@ -767,8 +983,11 @@ class SchemaTest(QueueCase):
         self.assertEqual(self.tables(), 1)
         self.sql("DROP TABLE queuectl_other.jobs")
         self.queuectl("db", "init", **self.other)
-        for version, message in (("2/2", "newer than this program"), ("x", "not a queue"),
-                                 ("0/0", "run: queuectl db init")):
+        for version, message in (
+            ("2/2", "newer than this program"),
+            ("x", "not a queue"),
+            ("0/0", "run: queuectl db init"),
+        ):
             self.sql("UPDATE queuectl_other.config SET value = %s", version)
             self.queuectl("list", status=69, **self.other)
             self.assertIn(message, self.errors)
@@ -779,23 +998,32 @@ class SchemaTest(QueueCase):
         with self.database.cursor() as cursor:
             cursor.execute("SET time_zone = '+02:00', sql_mode = ''")
             cursor.execute("INSERT INTO jobs (command) VALUES ('echo inserted')")
-            cursor.execute("INSERT INTO jobs (id, command, queue, priority, max_retries, "
-                           "timeout, cwd) VALUES ('own', 'pwd', 'q', 5, 0, 9, '/')")
-            cursor.execute("INSERT INTO jobs (id, command, state, next_run_at) VALUES "
-                           "('later', 'true', 'scheduled', UTC_TIMESTAMP(6) + INTERVAL 1 DAY)")
+            cursor.execute(
+                "INSERT INTO jobs (id, command, queue, priority, max_retries, "
+                "timeout, cwd) VALUES ('own', 'pwd', 'q', 5, 0, 9, '/')"
+            )
+            cursor.execute(
+                "INSERT INTO jobs (id, command, state, next_run_at) VALUES "
+                "('later', 'true', 'scheduled', UTC_TIMESTAMP(6) + INTERVAL 1 DAY)"
+            )
             for columns, values in (
-                    ("id, command", "REPEAT('a', 200), 'true'"), ("id, command", "'a b', 'x'"),
-                    ("id, command", "'a\\n', 'true'"), ("command", "''"),
-                    ("command, queue", "'true', REPEAT('a', 70)"),
-                    ("command, state", "'true', 'waiting'"),
-                    ("command, max_retries", "'true', -1"),
-                    ("command, priority", "'true', 2000000000"),
-                    ("command", "REPEAT('a', 131001)")):
+                ("id, command", "REPEAT('a', 200), 'true'"),
+                ("id, command", "'a b', 'x'"),
+                ("id, command", "'a\\n', 'true'"),
+                ("command", "''"),
+                ("command, queue", "'true', REPEAT('a', 70)"),
+                ("command, state", "'true', 'waiting'"),
+                ("command, max_retries", "'true', -1"),
+                ("command, priority", "'true', 2000000000"),
+                ("command", "REPEAT('a', 131001)"),
+            ):
                 with self.subTest(values), self.assertRaises(pymysql.err.MySQLError):
                     cursor.execute(f"INSERT INTO jobs ({columns}) VALUES ({values})")
         self.drain()
-        self.assertEqual(dict(self.sql("SELECT state, COUNT(*) FROM jobs GROUP BY state")),
-                         {"completed": 2, "scheduled": 1})
+        self.assertEqual(
+            dict(self.sql("SELECT state, COUNT(*) FROM jobs GROUP BY state")),
+            {"completed": 2, "scheduled": 1},
+        )
         self.assertEqual(self.show("own")["output"], "/\n")
 
 
@@ -819,8 +1047,11 @@ class ConnectionTest(QueueCase):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", 3306)) == 0:
                 self.skipTest("a server answers at 127.0.0.1:3306")
-        self.environment = {name: value for name, value in self.environment.items()
-                            if not name.startswith("DB_")}
+        self.environment = {
+            name: value
+            for name, value in self.environment.items()
+            if not name.startswith("DB_")
+        }
         self.assertLess(self.seconds("enqueue", "-c", "true", status=69), 1.5)
         for word in ("DB_HOST", "./.env", "127.0.0.1:3306", "queuectl db start"):
             self.assertIn(word, self.errors)
@@ -838,8 +1069,15 @@ class ConnectionTest(QueueCase):
         proxy = Proxy(self.server.socket)
         self.addCleanup(proxy.close)
         proxy.refuse()
-        writer = self.start("enqueue", "--id", "patient", "-c", "true", **self.tcp,
-                            DB_PORT=str(proxy.port))
+        writer = self.start(
+            "enqueue",
+            "--id",
+            "patient",
+            "-c",
+            "true",
+            **self.tcp,
+            DB_PORT=str(proxy.port),
+        )
         self.wait_until(lambda: "trying again" in writer.said(), "it waits")
         proxy.pass_on()
         self.assertEqual(writer.wait(20), 0, writer.said())
@@ -848,24 +1086,42 @@ class ConnectionTest(QueueCase):
     def test_the_set_up_that_is_missing_is_named_and_the_password_is_not(self) -> None:
         self.queuectl("list", status=69, DB_NAME="queuectl_absent")
         self.assertIn("run: queuectl db init", self.errors)
-        self.sql("CREATE USER IF NOT EXISTS 'queuectl_guest'@'%%' IDENTIFIED BY 'right'")
+        self.sql(
+            "CREATE USER IF NOT EXISTS 'queuectl_guest'@'%%' IDENTIFIED BY 'right'"
+        )
         self.addCleanup(self.sql, "DROP USER 'queuectl_guest'@'%%'")
         self.queuectl("list", status=69, DB_USER="queuectl_guest", DB_PASSWORD="wr0ng")
-        self.assertIn("refused the account 'queuectl_guest' (from environment)", self.errors)
+        self.assertIn(
+            "refused the account 'queuectl_guest' (from environment)", self.errors
+        )
         self.assertNotIn("wr0ng", self.errors)
         with open(self.path("secret"), "w") as file:
             file.write("right\n")
-        self.queuectl("list", status=69, DB_USER="queuectl_guest",
-                      DB_PASSWORD_FILE=self.path("secret"))
+        self.queuectl(
+            "list",
+            status=69,
+            DB_USER="queuectl_guest",
+            DB_PASSWORD_FILE=self.path("secret"),
+        )
         self.assertIn("lacks a right", self.errors)
 
-    def fake_server(self, capabilities: int, answers: Sequence[bytes]) -> tuple[str, list[bytes]]:
+    def fake_server(
+        self, capabilities: int, answers: Sequence[bytes]
+    ) -> tuple[str, list[bytes]]:
         """A MySQL that greets, then says `answers`; its port, and all that it was sent."""
         heard: list[bytes] = []
-        greeting = (b"\x0a8.4.0\0" + struct.pack("<I", 1) + b"12345678\0"
-                    + struct.pack("<H", capabilities & 0xFFFF) + b"\x2d\x02\0"
-                    + struct.pack("<H", capabilities >> 16) + b"\x15" + b"\0" * 10
-                    + b"123456789012\0" + b"caching_sha2_password\0")
+        greeting = (
+            b"\x0a8.4.0\0"
+            + struct.pack("<I", 1)
+            + b"12345678\0"
+            + struct.pack("<H", capabilities & 0xFFFF)
+            + b"\x2d\x02\0"
+            + struct.pack("<H", capabilities >> 16)
+            + b"\x15"
+            + b"\0" * 10
+            + b"123456789012\0"
+            + b"caching_sha2_password\0"
+        )
 
         def serve() -> None:
             with contextlib.suppress(OSError):
@@ -873,7 +1129,9 @@ class ConnectionTest(QueueCase):
                     client = listener.accept()[0]
                     with client, contextlib.suppress(OSError):
                         for number, text in enumerate([greeting, *answers]):
-                            head = struct.pack("<I", len(text))[:3] + bytes([2 * number])
+                            head = struct.pack("<I", len(text))[:3] + bytes(
+                                [2 * number]
+                            )
                             client.sendall(head + text)
                             heard.append(client.recv(65536))
 
@@ -885,16 +1143,28 @@ class ConnectionTest(QueueCase):
     def test_a_server_that_asks_for_the_password_in_clear_gets_none(self) -> None:
         plain = 0x000FF7DF & ~0x800 | 0x00080000
         port, heard = self.fake_server(plain, [b"\xfemysql_clear_password\0"])
-        self.queuectl("list", status=69, **self.tcp, DB_PORT=port, DB_PASSWORD="s3cret",
-                      DB_SSL_MODE="disabled")
+        self.queuectl(
+            "list",
+            status=69,
+            **self.tcp,
+            DB_PORT=port,
+            DB_PASSWORD="s3cret",
+            DB_SSL_MODE="disabled",
+        )
         self.assertIn("in clear text: refused", self.errors)
         self.assertTrue(heard)
         self.assertNotIn(b"s3cret", b"".join(heard))
 
     def test_required_tls_is_not_done_without(self) -> None:
         port, heard = self.fake_server(0x000FF7DF & ~0x800 | 0x00080000, [])
-        self.queuectl("list", status=69, **self.tcp, DB_PORT=port, DB_PASSWORD="s3cret",
-                      DB_SSL_MODE="required")
+        self.queuectl(
+            "list",
+            status=69,
+            **self.tcp,
+            DB_PORT=port,
+            DB_PASSWORD="s3cret",
+            DB_SSL_MODE="required",
+        )
         self.assertIn("no secure connection", self.errors)
         self.assertNotIn(b"s3cret", b"".join(heard))
 
@@ -903,17 +1173,30 @@ class ConnectionTest(QueueCase):
             proxy = CuttingProxy(self.server.socket, b"\x03COMMIT", forgetful)
             self.addCleanup(proxy.close)
             job_id = f"cut-{number}"
-            self.queuectl("enqueue", "--id", job_id, "-c", "true", **self.tcp,
-                          DB_PORT=str(proxy.port), DB_SSL_MODE="disabled",
-                          status=0 if forgetful else 69)
+            self.queuectl(
+                "enqueue",
+                "--id",
+                job_id,
+                "-c",
+                "true",
+                **self.tcp,
+                DB_PORT=str(proxy.port),
+                DB_SSL_MODE="disabled",
+                status=0 if forgetful else 69,
+            )
             self.assertTrue(proxy.cuts)
             if not forgetful:
-                self.assertIn(f"unknown whether accepted: id {job_id}; repeat with "
-                              "--if-absent", self.errors)
-            self.assertEqual(self.queuectl("enqueue", "--id", job_id, "--if-absent", "-c",
-                                           "true"), f"{job_id}\n")
-            self.assertEqual(self.sql("SELECT COUNT(*) FROM jobs WHERE id = %s", job_id),
-                             [(1,)])
+                self.assertIn(
+                    f"unknown whether accepted: id {job_id}; repeat with --if-absent",
+                    self.errors,
+                )
+            self.assertEqual(
+                self.queuectl("enqueue", "--id", job_id, "--if-absent", "-c", "true"),
+                f"{job_id}\n",
+            )
+            self.assertEqual(
+                self.sql("SELECT COUNT(*) FROM jobs WHERE id = %s", job_id), [(1,)]
+            )
 
 
 class EnqueueTest(QueueCase):
@@ -926,15 +1209,19 @@ class EnqueueTest(QueueCase):
         with open(self.path("jobs"), "w") as file:
             file.write('{"command":"echo f1"}\n\n{"command":"echo f2","id":"f2"}\n')
         for argv, stdin, commands in (
-                (['{"command":"echo json"}'], b"", ["echo json"]),
-                (['[{"command":"a"},{"command":"b"}]'], b"", ["a", "b"]),
-                (["-c", "echo c && echo d"], b"", ["echo c && echo d"]),
-                (["--", "printf", "%s\\n", "it's", "--json"], b"",
-                 ["printf '%s\\n' 'it'\"'\"'s' --json"]),
-                (["-f", "jobs"], b"", ["echo f1", "echo f2"]),
-                (["-"], b'{"command":"echo in"}', ["echo in"]),
-                (["-f", "-"], b'{"command":"echo in"}', ["echo in"]),
-                (["--lines", "-"], "echo é\r\n\n echo 2\n".encode(), ["echo é", " echo 2"])):
+            (['{"command":"echo json"}'], b"", ["echo json"]),
+            (['[{"command":"a"},{"command":"b"}]'], b"", ["a", "b"]),
+            (["-c", "echo c && echo d"], b"", ["echo c && echo d"]),
+            (
+                ["--", "printf", "%s\\n", "it's", "--json"],
+                b"",
+                ["printf '%s\\n' 'it'\"'\"'s' --json"],
+            ),
+            (["-f", "jobs"], b"", ["echo f1", "echo f2"]),
+            (["-"], b'{"command":"echo in"}', ["echo in"]),
+            (["-f", "-"], b'{"command":"echo in"}', ["echo in"]),
+            (["--lines", "-"], "echo é\r\n\n echo 2\n".encode(), ["echo é", " echo 2"]),
+        ):
             with self.subTest(argv):
                 ids = self.queuectl("enqueue", *argv, stdin=stdin).split()
                 found = self.sql("SELECT id, command FROM jobs ORDER BY seq")
@@ -944,88 +1231,150 @@ class EnqueueTest(QueueCase):
         for argv in (["-f", "-"], ["--lines", "-"], ["[]"]):
             self.assertEqual(self.queuectl("enqueue", *argv), "")
         self.assertEqual(self.queuectl("enqueue", "-q", "-c", "true"), "")
-        self.assertRegex(self.queuectl("enqueue", "--json", "--delay", "1h", "-c", "true"),
-                         r'^{"id": "[-0-9a-f]{36}", "state": "scheduled"}\n$')
+        self.assertRegex(
+            self.queuectl("enqueue", "--json", "--delay", "1h", "-c", "true"),
+            r'^{"id": "[-0-9a-f]{36}", "state": "scheduled"}\n$',
+        )
 
     def test_every_key_is_an_option_too_and_the_json_wins(self) -> None:
-        keys = {"id": "x", "max_retries": 7, "priority": -3, "queue": "q.1", "timeout": 90,
-                "cwd": "/tmp", "env": {"A": "1", "B": "="}, "backoff_base": 1.5,
-                "permanent_exit_codes": [2, 3], "on_lost": "dead"}
+        keys = {
+            "id": "x",
+            "max_retries": 7,
+            "priority": -3,
+            "queue": "q.1",
+            "timeout": 90,
+            "cwd": "/tmp",
+            "env": {"A": "1", "B": "="},
+            "backoff_base": 1.5,
+            "permanent_exit_codes": [2, 3],
+            "on_lost": "dead",
+        }
         self.enqueue("true", **keys)
-        options = ["--max-retries=7", "--priority", "-3", "--queue=q.1", "--timeout=1m30s",
-                   "--cwd=/tmp", "--env=B==", "--env", "A=1", "--backoff-base=1.5",
-                   "--permanent-exit-codes=3,2", "--on-lost=dead"]
+        options = [
+            "--max-retries=7",
+            "--priority",
+            "-3",
+            "--queue=q.1",
+            "--timeout=1m30s",
+            "--cwd=/tmp",
+            "--env=B==",
+            "--env",
+            "A=1",
+            "--backoff-base=1.5",
+            "--permanent-exit-codes=3,2",
+            "--on-lost=dead",
+        ]
         self.queuectl("enqueue", "--id=y", *options, "-c", "true")
-        columns = ("max_retries, priority, queue, timeout, cwd, env, backoff_base, "
-                   "permanent_exit_codes, on_lost")
+        columns = (
+            "max_retries, priority, queue, timeout, cwd, env, backoff_base, "
+            "permanent_exit_codes, on_lost"
+        )
         first, second = self.sql(f"SELECT {columns} FROM jobs ORDER BY seq")
         self.assertEqual(first, second)
-        self.assertEqual(first, (7, -3, "q.1", 90.0, "/tmp", '{"A":"1","B":"="}', 1.5, "2,3",
-                                 "dead"))
-        self.queuectl("enqueue", '{"command":"true","queue":"own","id":"z"}', "--queue=q.1",
-                      "--cwd=.")
-        self.assertEqual(self.sql("SELECT queue, cwd FROM jobs WHERE id = 'z'"),
-                         [("own", os.path.realpath(self.folder))])
+        self.assertEqual(
+            first, (7, -3, "q.1", 90.0, "/tmp", '{"A":"1","B":"="}', 1.5, "2,3", "dead")
+        )
+        self.queuectl(
+            "enqueue",
+            '{"command":"true","queue":"own","id":"z"}',
+            "--queue=q.1",
+            "--cwd=.",
+        )
+        self.assertEqual(
+            self.sql("SELECT queue, cwd FROM jobs WHERE id = 'z'"),
+            [("own", os.path.realpath(self.folder))],
+        )
 
     def test_a_time_needs_its_zone(self) -> None:
-        self.queuectl("enqueue", "--run-at", "2030-01-02T03:04:05+02:00", "--id", "a",
-                      "-c", "true")
+        self.queuectl(
+            "enqueue",
+            "--run-at",
+            "2030-01-02T03:04:05+02:00",
+            "--id",
+            "a",
+            "-c",
+            "true",
+        )
         self.enqueue("true", id="b", run_at="2030-01-02T01:04:05Z")
-        self.assertEqual(self.sql("SELECT DISTINCT state, next_run_at FROM jobs"), [
-            ("scheduled", datetime.datetime(2030, 1, 2, 1, 4, 5))])
-        self.queuectl("enqueue", "--run-at", "2030-01-02T03:04:05", "-c", "true", status=2)
-        self.assertIn("2030-01-02T03:04:05Z for UTC, or 2030-01-02T03:04:05", self.errors)
+        self.assertEqual(
+            self.sql("SELECT DISTINCT state, next_run_at FROM jobs"),
+            [("scheduled", datetime.datetime(2030, 1, 2, 1, 4, 5))],
+        )
+        self.queuectl(
+            "enqueue", "--run-at", "2030-01-02T03:04:05", "-c", "true", status=2
+        )
+        self.assertIn(
+            "2030-01-02T03:04:05Z for UTC, or 2030-01-02T03:04:05", self.errors
+        )
 
     def test_an_id_that_is_taken_is_refused_or_passed_over(self) -> None:
         self.enqueue("true", id="one")
-        self.queuectl("enqueue", '[{"command":"a"},{"command":"b","id":"one"}]', status=1)
+        self.queuectl(
+            "enqueue", '[{"command":"a"},{"command":"b","id":"one"}]', status=1
+        )
         self.assertIn("id one is taken: a pending job has it", self.errors)
         self.assertEqual(self.count(), 1)
-        self.queuectl("enqueue", '[{"command":"a","id":"x"},{"command":"b","id":"x"}]',
-                      status=1)
+        self.queuectl(
+            "enqueue", '[{"command":"a","id":"x"},{"command":"b","id":"x"}]', status=1
+        )
         self.assertIn("it stands twice in the input", self.errors)
-        self.assertEqual(self.queuectl("enqueue", "--if-absent", "--json", "--id", "one",
-                                       "-c", "b"), '{"id": "one", "state": "pending"}\n')
+        self.assertEqual(
+            self.queuectl("enqueue", "--if-absent", "--json", "--id", "one", "-c", "b"),
+            '{"id": "one", "state": "pending"}\n',
+        )
         self.assertEqual(self.sql("SELECT command FROM jobs"), [("true",)])
 
     def test_bad_jobs_are_refused_with_the_part_named(self) -> None:
         for text, part in (
-                ("", "not JSON"), ("{", "not JSON"), ("[1]", "a job is a JSON object"),
-                ('"x"', "a job is a JSON object"), ("{}", "command: missing"),
-                ('{"command":""}', "command:"), ('{"command":" "}', "command:"),
-                ('{"command":"a\\u0000b"}', "command:"), ('{"command":"\\ud800"}', "command:"),
-                ('{"command":7}', "command:"), ('{"command":["a"]}', "command:"),
-                ('{"command":"%s"}' % ("a" * 131001), "command:"),
-                ('{"command":"a","comand":"b"}', "unknown key comand"),
-                ('{"command":"a","command":"b"}', "a key stands twice"),
-                ('{"command":"a","max_retries":"3"}', "max_retries:"),
-                ('{"command":"a","max_retries":true}', "max_retries:"),
-                ('{"command":"a","max_retries":-1}', "max_retries:"),
-                ('{"command":"a","max_retries":1.0}', "max_retries:"),
-                ('{"command":"a","max_retries":%s}' % ("9" * 5000), ""),
-                ('{"command":"a","priority":1e3}', "priority:"),
-                ('{"command":"a","priority":2000000}', "priority:"),
-                ('{"command":"a","timeout":-1}', "timeout:"),
-                ('{"command":"a","timeout":NaN}', "not JSON"),
-                ('{"command":"a","timeout":1e400}', "timeout:"),
-                ('{"command":"a","delay":"soon"}', "delay:"),
-                ('{"command":"a","delay":1,"run_at":"2030-01-01T00:00:00Z"}', "delay and run_at"),
-                ('{"command":"a","run_at":"tomorrow"}', "run_at:"),
-                ('{"command":"a","run_at":7}', "run_at:"),
-                ('{"command":"a","backoff_base":0.5}', "backoff_base:"),
-                ('{"command":"a","env":["A=1"]}', "env:"),
-                ('{"command":"a","env":{"A":1}}', "env:"),
-                ('{"command":"a","env":{"A=B":"1"}}', "env:"),
-                ('{"command":"a","env":{"A":"\\u0000"}}', "env:"),
-                ('{"command":"a","cwd":""}', "cwd:"), ('{"command":"a","queue":"a b"}', "queue:"),
-                ('{"command":"a","queue":"%s"}' % ("q" * 65), "queue:"),
-                ('{"command":"a","id":"%s"}' % ("i" * 129), "id:"),
-                ('{"command":"a","id":"-a"}', "id:"), ('{"command":"a","id":"a\\n"}', "id:"),
-                ('{"command":"a","id":"é"}', "id:"), ('{"command":"a","id":null}', "id:"),
-                ('{"command":"a","permanent_exit_codes":[0]}', "permanent_exit_codes:"),
-                ('{"command":"a","permanent_exit_codes":["x"]}', "permanent_exit_codes:"),
-                ('{"command":"a","on_lost":"keep"}', "on_lost:"),
-                ("[" * 100000, "not JSON")):
+            ("", "not JSON"),
+            ("{", "not JSON"),
+            ("[1]", "a job is a JSON object"),
+            ('"x"', "a job is a JSON object"),
+            ("{}", "command: missing"),
+            ('{"command":""}', "command:"),
+            ('{"command":" "}', "command:"),
+            ('{"command":"a\\u0000b"}', "command:"),
+            ('{"command":"\\ud800"}', "command:"),
+            ('{"command":7}', "command:"),
+            ('{"command":["a"]}', "command:"),
+            ('{"command":"%s"}' % ("a" * 131001), "command:"),
+            ('{"command":"a","comand":"b"}', "unknown key comand"),
+            ('{"command":"a","command":"b"}', "a key stands twice"),
+            ('{"command":"a","max_retries":"3"}', "max_retries:"),
+            ('{"command":"a","max_retries":true}', "max_retries:"),
+            ('{"command":"a","max_retries":-1}', "max_retries:"),
+            ('{"command":"a","max_retries":1.0}', "max_retries:"),
+            ('{"command":"a","max_retries":%s}' % ("9" * 5000), ""),
+            ('{"command":"a","priority":1e3}', "priority:"),
+            ('{"command":"a","priority":2000000}', "priority:"),
+            ('{"command":"a","timeout":-1}', "timeout:"),
+            ('{"command":"a","timeout":NaN}', "not JSON"),
+            ('{"command":"a","timeout":1e400}', "timeout:"),
+            ('{"command":"a","delay":"soon"}', "delay:"),
+            (
+                '{"command":"a","delay":1,"run_at":"2030-01-01T00:00:00Z"}',
+                "delay and run_at",
+            ),
+            ('{"command":"a","run_at":"tomorrow"}', "run_at:"),
+            ('{"command":"a","run_at":7}', "run_at:"),
+            ('{"command":"a","backoff_base":0.5}', "backoff_base:"),
+            ('{"command":"a","env":["A=1"]}', "env:"),
+            ('{"command":"a","env":{"A":1}}', "env:"),
+            ('{"command":"a","env":{"A=B":"1"}}', "env:"),
+            ('{"command":"a","env":{"A":"\\u0000"}}', "env:"),
+            ('{"command":"a","cwd":""}', "cwd:"),
+            ('{"command":"a","queue":"a b"}', "queue:"),
+            ('{"command":"a","queue":"%s"}' % ("q" * 65), "queue:"),
+            ('{"command":"a","id":"%s"}' % ("i" * 129), "id:"),
+            ('{"command":"a","id":"-a"}', "id:"),
+            ('{"command":"a","id":"a\\n"}', "id:"),
+            ('{"command":"a","id":"é"}', "id:"),
+            ('{"command":"a","id":null}', "id:"),
+            ('{"command":"a","permanent_exit_codes":[0]}', "permanent_exit_codes:"),
+            ('{"command":"a","permanent_exit_codes":["x"]}', "permanent_exit_codes:"),
+            ('{"command":"a","on_lost":"keep"}', "on_lost:"),
+            ("[" * 100000, "not JSON"),
+        ):
             with self.subTest(text[:60]), self.assertRaises(queuectl.Problem) as caught:
                 queuectl.check_job(queuectl.parse_json(text), {})
             self.assertEqual(caught.exception.status, 2)
@@ -1033,8 +1382,14 @@ class EnqueueTest(QueueCase):
             self.assertLess(len(caught.exception.what), 400)
         self.queuectl("enqueue", '{"command":"a","max_retrys":1}', status=2)
         self.assertIn("did you mean max_retries?", self.errors)
-        for argv in ([], ["-c", "a", "--lines", "-"], ["-c", ""], ["-f", "absent"],
-                     ["--env", "A", "-c", "a"], ["--max-retries", "x", "-c", "a"]):
+        for argv in (
+            [],
+            ["-c", "a", "--lines", "-"],
+            ["-c", ""],
+            ["-f", "absent"],
+            ["--env", "A", "-c", "a"],
+            ["--max-retries", "x", "-c", "a"],
+        ):
             self.queuectl("enqueue", *argv, status=2)
         self.assertEqual(self.count(), 0)
 
@@ -1052,411 +1407,395 @@ class EnqueueTest(QueueCase):
         self.assertEqual(self.count(), 10000)
 
     def test_jobs_run_by_priority_and_then_in_the_order_of_enqueueing(self) -> None:
-        jobs = [{"command": f"echo {name} >>order", "priority": priority} for name, priority in
-                (("c", 0), ("d", 0), ("a", 5), ("e", -1), ("b", 5), ("f", -1))]
+        jobs = [
+            {"command": f"echo {name} >>order", "priority": priority}
+            for name, priority in (
+                ("c", 0),
+                ("d", 0),
+                ("a", 5),
+                ("e", -1),
+                ("b", 5),
+                ("f", -1),
+            )
+        ]
         self.queuectl("enqueue", json.dumps(jobs))
         self.drain("--count", "1")
         self.assertEqual("".join(self.lines("order")), "abcdef")
 
 
-class CommandsTest(WorkCase):
-    """What a person types and reads."""
+class Claiming(WorkCase):
+    """Each job runs once, in order, and no queue starves another."""
 
-    def test_the_command_line_is_forgiving_in_order_and_strict_in_names(self) -> None:
-        self.enqueue("true", id="one")
-        for argv in (["list", "--json"], ["--json", "list"], ["list", "--limit", "1", "--json"]):
-            self.assertEqual(json.loads(self.queuectl(*argv))["id"], "one")
-        self.assertIn("max_retries", self.queuectl("config", "--json", "list"))
-        for argv, hint in ((["lst"], "did you mean list?"), (["list", "--stat", "dead"], ""),
-                           (["worker", "stat"], "did you mean start?"), (["dlq"], "list|retry"),
-                           (["list", "--state", "pendin"], "did you mean pending?"),
-                           (["config", "get", "backof_base"], "did you mean backoff_base?"),
-                           (["list", "--limit", "-1"], "whole number"), (["show"], "ID"),
-                           (["list", "extra"], "extra"), (["worker", "start", "--count=0"], "")):
-            self.queuectl(*argv, status=2)
-            self.assertIn(hint, self.errors)
-        overview = self.queuectl()
-        for name, command in queuectl.COMMANDS.items():
-            self.assertIn(f"  {name:14} {command.summary}\n", overview)
-        self.assertEqual(self.queuectl("help", "enqueue"), self.queuectl("enqueue", "--help"))
-        self.assertRegex(self.queuectl("--version"),
-                         r"^queuectl \S+, schema 1, PyMySQL \d\S+, Python 3\.\S+\n$")
+    def concurrent_drains(self, jobs: int, **variables: str) -> None:
+        """Four drains at once over so many jobs, each of which must run exactly once."""
+        self.put_many(jobs, "echo $QUEUECTL_JOB_ID >> ran")
+        drains = [
+            self.start("worker", "start", "--drain", "--count", "4", **variables)
+            for _ in range(4)
+        ]
+        for drain in drains:
+            self.assertEqual(drain.wait(60), 0, drain.said())
+        ran = self.lines("ran")
+        self.assertEqual((len(ran), len(set(ran))), (jobs, jobs))
+        self.assertEqual(self.counts(), {"completed": jobs})
+        self.assertEqual(
+            len(self.sql("SELECT DISTINCT worker FROM runs")),
+            len(self.sql("SELECT DISTINCT worker FROM jobs")),
+        )
 
-    def test_a_list_is_filtered_limited_and_may_be_cut_off(self) -> None:
-        self.put_many(1500, "true")
-        self.put_many(3, "true", queue="q", state="failed")
-        self.queuectl("list")
-        self.assertIn("100 of 1,503; --limit 0 for all", self.errors)
-        table = self.queuectl("list", "--state", "failed", "--queue", "q")
-        self.assertEqual(len(table.splitlines()), 7)
-        self.assertEqual(len(self.queuectl("list", "--json").splitlines()), 1503)
-        self.assertEqual(self.queuectl("list", "--json", "--state", "dead"), "")
-        done = subprocess.run(f"{sys.executable} {SCRIPT} list --json | head -n 1", shell=True,
-                              capture_output=True, env=self.environment, check=False)
-        self.assertEqual((done.stdout.count(b"\n"), done.stderr), (1, b""))
+    def test_four_concurrent_drains_run_each_job_once(self) -> None:
+        self.concurrent_drains(400)
 
-    def test_one_job_is_shown_whole(self) -> None:
-        job_id = self.enqueue("echo out; exit 3", max_retries=0, env={"TOKEN": "s3cret"})
-        self.drain()
-        found = self.show(job_id)
-        self.assertEqual(list(found), (
-            "id command queue state priority attempts max_retries timeout next_run_at "
-            "created_at started_at finished_at duration exit_code reason worker cwd env after "
-            "output history").split())
-        self.assertEqual((found["state"], found["attempts"], found["exit_code"],
-                          found["reason"], found["output"], found["env"]),
-                         ("dead", 1, 3, "exit", "out\n", {"TOKEN": "s3cret"}))
-        history = found["history"]
-        assert isinstance(history, list)
-        for name in ("attempt worker started_at finished_at duration exit_code "
-                     "reason").split():
-            self.assertIn(name, history[0])
-        self.assertRegex(str(found["finished_at"]), r"^\d{4}-\d\d-\d\dT[\d:]{8}\.\d{3}Z$")
-        self.assertNotIn("s3cret", self.queuectl("show", job_id))
-        self.assertEqual(self.queuectl("logs", job_id), "out\n")
-        self.queuectl("show", "absent", status=1)
-        self.assertIn("no such job: absent", self.errors)
-        self.queuectl("logs", "-", status=1)
+    def test_without_skip_locked_four_concurrent_drains_run_each_job_once(self) -> None:
+        self.concurrent_drains(400, QUEUECTL_SKIP_LOCKED="off")
 
-    def test_no_control_sequence_reaches_a_terminal_or_a_table(self) -> None:
-        job_id = self.enqueue("printf '\\033[31m\\007\\tred\\n'; #\u202e\x1b]0;title\x07")
-        self.drain()
-        for argv in (["list"], ["show", job_id]):
-            self.assertNotRegex(self.queuectl(*argv), "[\x07\x1b\u202e]")
-        self.assertEqual(self.queuectl("logs", job_id), "\x1b[31m\x07\tred\n")
-        self.assertNotIn("\x1b", self.on_terminal(80, "logs", job_id))
-
-    def on_terminal(self, columns: int, *argv: str, **variables: str) -> str:
-        """What a terminal of so many columns is sent."""
-        here, there = pty.openpty()
-        fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        with subprocess.Popen([sys.executable, SCRIPT, *argv], stdin=there, stdout=there,
-                              stderr=subprocess.DEVNULL, cwd=self.folder,
-                              env={**self.environment, **variables}):
-            os.close(there)
-            text = b""
-            with contextlib.suppress(OSError):
-                while data := os.read(here, 65536):
-                    text += data
-            os.close(here)
-        return text.decode().replace("\r\n", "\n")
-
-    def test_tables_fit_a_terminal_of_80_columns(self) -> None:
-        job_id = self.enqueue("echo " + "long 😀 é " * 30, max_retries=0)
-        self.sql("UPDATE jobs SET state = 'dead'")
-        self.sql("INSERT INTO dlq (seq, id) SELECT seq, id FROM jobs")
-        for argv in (["list"], ["dlq", "list"], ["config", "list"], ["status"]):
-            text = self.on_terminal(80, *argv)
-            for line in text.splitlines():
-                if line[:1] in "┌│└├":
-                    self.assertLessEqual(queuectl.columns_of(line), 80, line)
-        self.assertIn(job_id, self.on_terminal(80, "list"))
-
-    def test_a_locale_without_boxes_gets_plain_ones(self) -> None:
-        self.enqueue("echo é😀")
-        table = self.queuectl("list", LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
-        self.assertTrue(table.isascii())
-        self.assertIn("| echo ??", table)
-
-    def test_cancel_ends_what_waits_and_says_why_it_cannot_end_the_rest(self) -> None:
-        for state in ("pending", "scheduled", "failed", "blocked", "completed", "dead"):
-            self.put("true", state=state)
-            self.sql("UPDATE jobs SET id = state WHERE id <> state")
-        out = self.queuectl("cancel", "pending", "absent", "scheduled", "failed", "blocked",
-                            "completed", "dead", status=1)
-        self.assertEqual(out.count("is cancelled"), 4)
-        for text in ("no such job: absent", "job completed is completed", "job dead is dead"):
-            self.assertIn(text, self.errors)
-        self.assertEqual(dict(self.sql("SELECT state, COUNT(*) FROM jobs GROUP BY state")),
-                         {"cancelled": 4, "completed": 1, "dead": 1})
-        self.assertEqual(json.loads(self.queuectl("cancel", "dead", "--json", status=1)), {
-            "id": "dead", "ok": False, "state": "dead",
-            "error": "job dead is dead: nothing to cancel"})
-
-    def test_a_dead_letter_is_listed_and_retried_with_its_attempts(self) -> None:
-        job_id = self.enqueue("echo broke; exit 4", max_retries=1)
-        self.drain()
-        letter = json.loads(self.queuectl("dlq", "list", "--json"))
-        self.assertEqual((letter["id"], letter["attempts"], letter["exit_code"]),
-                         (job_id, 2, 4))
-        self.assertIn("died_at", letter)
-        self.assertEqual(self.sql("SELECT last_line FROM dlq"), [("broke",)])
-        self.assertIn("2/2", self.queuectl("dlq", "list"))
-        for argv, attempts, allowed in (((), 2, 3), (("--retries", "2"), 3, 5),
-                                        (("--reset",), 0, None)):
-            self.queuectl("dlq", "retry", job_id, *argv)
-            self.assertEqual(self.sql("SELECT attempts, attempts_max FROM jobs"),
-                             [(attempts, allowed)])
-            self.assertEqual(self.sql("SELECT COUNT(*) FROM dlq"), [(0,)])
-            self.queuectl("dlq", "retry", job_id, "absent", status=1)
-            self.assertIn(f"job {job_id} is pending: only dead jobs", self.errors)
-            self.drain()
-            self.assert_state(job_id, State.DEAD)
-            self.assertEqual(self.sql("SELECT COUNT(*) FROM dlq"), [(1,)])
-        self.assertEqual(self.sql("SELECT runs FROM jobs"), [(7,)])
-
-    def test_settings_are_stored_checked_and_listed_with_their_source(self) -> None:
-        self.assertEqual(self.queuectl("config", "get", "backoff_base"), "2\n")
-        self.queuectl("config", "set", "backoff_base", "3")
-        self.assertEqual(self.queuectl("config", "get", "backoff_base"), "3\n")
-        self.queuectl("config", "set", "backoff_base", "x", status=2)
-        self.queuectl("config", "set", "schema_version", "9/9", status=2)
-        self.queuectl("config", "set", "backoff_base", "4", QUEUECTL_BACKOFF_BASE="7")
-        self.assertIn("QUEUECTL_BACKOFF_BASE=7 (environment) hides it here", self.errors)
-        self.assertEqual(self.queuectl("config", "get", "backoff_base",
-                                       QUEUECTL_BACKOFF_BASE="7"), "7\n")
-        listed = [json.loads(line) for line in
-                  self.queuectl("config", "list", "--json").splitlines()]
-        self.assertEqual([one["key"] for one in listed], list(queuectl.KNOBS))
-        self.assertEqual({"key": "backoff_base", "value": 4.0, "source": "config",
-                          "default": "2"}, {**listed[0], "help": None} and
-                         {name: listed[0][name] for name in listed[0] if name != "help"})
-        self.queuectl("config", "unset", "backoff_base")
-        with open(self.path(".env"), "w") as file:
-            file.write("QUEUECTL_BACKOFF_BASE=5\n")
-        self.assertIn("│ 5     │ ./.env", self.queuectl("config", "list"))
-
-    def test_the_status_counts_and_warns(self) -> None:
-        self.put_many(2, "true", queue="gpu")
-        lines = self.queuectl("status").splitlines()
-        self.assertRegex(lines[0], r"^database: queuectl at \S+ \(from environment\)$")
-        self.assertEqual(lines[1], "Job counts by state:")
-        self.assertIn("│ pending    │ 2     │", lines)
-        self.assertIn("No worker PID file at ./workers.pid", lines)
-        self.assertIn("jobs wait in queue gpu, and no live worker serves it", self.errors)
-        found = json.loads(self.queuectl("status", "--json"))
-        self.assertEqual(list(found), ["database", "states", "capped", "queues", "workers",
-                                       "daemon"])
-        self.assertEqual(found["states"]["pending"], 2)
-        self.assertEqual(found["daemon"], {"pid_file": "./workers.pid", "pid": None,
-                                           "alive": False})
-
-
-class Crashes(WorkCase):
-    """Whatever dies, each job ends, and no two runs of one overlap."""
-
-    def starts(self, job_id: str) -> list[tuple[int, float]]:
-        """(pid, time) of each run that a job wrote down."""
-        return [(int(pid), float(when)) for one, pid, when in
-                (line.split() for line in self.lines("starts")) if one == job_id]
-
-    def kill(self, worker: Background, jobs_too: bool = True) -> None:
-        """kill -9 a supervisor and all below it; without `jobs_too` its workers only."""
-        kill_all([worker.pid, *(descendants(worker.pid) if jobs_too else worker.children())])
-
-    def test_jobs_of_a_killed_worker_process_run_again_within_two_seconds(self) -> None:
-        ids = [self.put(BOOKED + "sleep 2") for _ in range(4)]
-        self.put_many(20, "sleep 0.05")
-        worker = self.worker("--count", "4")
-        self.wait_lines("starts", 4)
-        victim = worker.children()[0]
-        taken = [str(row[0]) for row in self.sql(
-            "SELECT jobs.id FROM jobs JOIN workers ON workers.id = worker "
-            "WHERE jobs.state = 'processing' AND pid = %s", victim)]
-        self.assertTrue(taken)
-        killed_at = time.time()
-        os.kill(victim, signal.SIGKILL)
-        self.wait_until(lambda: all(len(self.starts(one)) == 2 for one in taken), "again")
-        for one in taken:
-            self.assertLess(self.starts(one)[1][1] - killed_at, 2)
-        self.wait_ended(24)
-        self.assertEqual(self.lines("overlaps"), [])
-        for one in ids:
-            self.assertEqual(self.reasons(one), ["lost"] * (one in taken) + ["exit"])
-            self.assertEqual(len(self.starts(one)), 1 + (one in taken))
-
-    def test_workers_hand_back_and_leave_when_their_supervisor_is_killed(self) -> None:
-        ids = [self.put(BOOKED + "trap '' TERM; while :; do sleep 1; done"),
-               self.put(BOOKED + "sleep 60")]
-        worker = self.worker("--count", "2")
-        self.wait_lines("starts", 2)
-        worker.signal(signal.SIGKILL)
-        worker.wait()
-        self.wait_until(lambda: not self.living(), "all have left", 1 + 2)
-        for one in ids:
-            self.assertEqual(self.job(one, "state", "attempts", "token"), ("pending", 0, None))
-            self.assertEqual(self.reasons(one), ["handed back"])
-        self.assertEqual(self.sql("SELECT id FROM workers"), [])
-
-    def test_a_new_start_on_the_host_takes_over_at_once(self) -> None:
-        again = self.put(BOOKED + f"if {FIRST}; then sleep 60; fi")
-        unwanted = self.put(BOOKED + "sleep 60")
-        worker = self.worker("--count", "2", QUEUECTL_WORKER_TIMEOUT="30")
-        self.wait_lines("starts", 2)
-        self.kill(worker, jobs_too=False)
-        self.assertIn("ends it", self.queuectl("cancel", unwanted))
-        self.worker(QUEUECTL_WORKER_TIMEOUT="30")
-        self.wait_state(again, State.COMPLETED, 3)
-        self.assertEqual(self.reasons(again), ["lost", "exit"])
-        self.assertEqual(self.state(unwanted), State.CANCELLED)
-        self.assertEqual(self.reasons(unwanted), ["cancelled"])
-        self.assertEqual(self.lines("overlaps"), [])
-        self.assertFalse(alive(self.starts(unwanted)[0][0]))
-
-    @can_unshare
-    def test_another_container_of_that_name_waits_out_the_lease(self) -> None:
-        job = self.put(BOOKED + f"if {FIRST}; then sleep 60; fi")
-        worker = self.worker()
-        self.wait_lines("starts", 1)
-        [(held_by,)] = self.sql("SELECT id FROM workers")
-        self.worker_under(*CONTAINER)
-        self.wait_beats(10)
-        self.assertEqual(self.job(job, "worker", "runs"), (held_by, 1))
-        self.kill(worker)
-        killed = time.monotonic()
-        self.wait_state(job, State.COMPLETED, 3 + 5)
-        self.assertGreater(time.monotonic() - killed, 2)
-        self.assertEqual(self.reasons(job), ["lost", "exit"])
-
-    def test_a_worker_stopped_past_its_lease_changes_nothing_and_ends_its_run(self) -> None:
-        job = self.put(BOOKED + f"if {FIRST}; then sleep 60; else sleep 2; echo new; fi")
-        old = self.worker()
-        self.wait_lines("starts", 1)
-        [stopped] = old.children()
-        os.kill(stopped, signal.SIGSTOP)
-        self.worker()
-        self.wait_lines("starts", 2, 3 + 5)
-        token = self.job(job, "token")
-        os.kill(stopped, signal.SIGCONT)
-        first = self.starts(job)[0][0]
-        self.wait_until(lambda: not alive(first), "the old run is ended", 2)
-        self.assertEqual(self.job(job, "token", "state"), (*token, "processing"))
-        self.wait_state(job, State.COMPLETED)
-        self.assertEqual(self.runs(job, "reason", "output"),
-                         [("lost", None), ("exit", b"new\n")])
-        self.assertIn("declared lost", old.said())
-        later = self.put("true")
-        self.wait_state(later, State.COMPLETED)
-
-    def test_nothing_is_lost_or_repeated_when_the_server_is_killed(self) -> None:
-        server = queuectl.PrivateServer(self.path("own server"),
-                                        os.environ.get("QUEUECTL_TEST_MYSQLD", ""))
-        self.assertTrue(server.start())
-        self.addCleanup(server.stop)
-        self.environment["DB_SOCKET"] = server.socket
-        self.queuectl("db", "init")
-        self.queuectl("enqueue", "--lines", "-", stdin=b"".join(
-            b"sleep 0.1; echo %d >> done\n" % number for number in range(120)))
-        workers = [self.worker("--count", "4") for _ in range(2)]
-        self.wait_lines("done", 30)
-        os.kill(server.running(), signal.SIGKILL)
-        self.wait_until(lambda: all(
-            worker.said().count("trying again") >= len(worker.children())
-            for worker in workers), "all say that the database is away")
-        self.assertTrue(server.start())
-        self.wait_lines("done", 120)
+    def many_jobs(self, count: int) -> None:
+        for _ in range(count // 1000):
+            self.put_many(1000, "true")
+        workers = [
+            self.start("worker", "start", "--drain", "--count", "8") for _ in range(2)
+        ]
         for worker in workers:
-            worker.signal(signal.SIGTERM)
-            self.assertEqual(worker.wait(), 0)
-            spoken = [line for line in worker.said().splitlines() if "the database" in line]
-            for pid in {line.split()[1] for line in spoken}:
-                away, back = [line for line in spoken if line.split()[1] == pid]
-                self.assertIn("trying again", away)
-                self.assertIn("is back", back)
-        self.assertEqual(sorted(map(int, self.lines("done"))), list(range(120)))
-        listed = self.queuectl("list", "--json").splitlines()
-        self.assertEqual({json.loads(line)["state"] for line in listed}, {"completed"})
-        self.assertEqual({json.loads(line)["attempts"] for line in listed}, {1})
+            self.assertEqual(worker.wait(120), 0, worker.said())
+        self.assertEqual(self.counts(), {"completed": count})
+        self.assertEqual(
+            self.sql("SELECT MIN(attempts), MAX(attempts), MAX(runs) FROM jobs"),
+            [(1, 1, 1)],
+        )
+        self.assertEqual(
+            self.sql(
+                "SELECT COUNT(*), COUNT(DISTINCT job) FROM runs "
+                "WHERE reason = 'exit' AND exit_code = 0"
+            ),
+            [(count, count)],
+        )
 
-    def test_a_poison_job_is_buried_without_its_neighbours(self) -> None:
-        neighbours = [self.put("sleep 4", max_retries=0) for _ in range(3)]
-        poison = self.put("kill -9 $PPID", max_retries=3)
-        worker = self.worker("--count", "4")
-        self.wait_state(poison, State.DEAD)
-        self.assertEqual(self.job(poison, "reason", "attempts"), ("lost", 4))
-        self.assertEqual(self.reasons(poison), ["lost"] * 4)
-        self.assertEqual(self.sql("SELECT id, reason FROM dlq"), [(poison, "lost")])
-        for one in neighbours:
-            self.wait_state(one, State.COMPLETED)
-        worker.signal(signal.SIGTERM)
-        self.assertEqual(worker.wait(), 0)
-
-    def test_on_lost_dead_buries_a_job_at_its_first_loss(self) -> None:
-        job = self.put("kill -9 $PPID", on_lost="dead")
-        self.worker()
-        self.wait_state(job, State.DEAD)
-        self.assertEqual(self.reasons(job), ["lost"])
-
-
-class Outages(WorkCase):
-    """A database that is away stops claiming, not running, and condemns nobody."""
-
-    black_hole_s = 6.0
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.proxy = Proxy(self.server.socket)
-        self.addCleanup(self.proxy.close)
-        del self.environment["DB_SOCKET"]
-        self.environment.update(DB_HOST="127.0.0.1", DB_PORT=str(self.proxy.port))
-
-    def test_a_black_hole_delays_no_limit_no_pipe_and_no_signal(self) -> None:
-        limited = self.put("echo $$ > limited; sleep 60", timeout=2, max_retries=0)
-        flood = self.put("echo > flooding; head -c 10000000 /dev/zero; echo >> flooding")
-        long = self.put(f"echo $$ > long; sleep {self.black_hole_s + 4}")
-        short = self.put("echo > shorting; sleep 1; echo >> short")
-        workers = [self.worker("--count", "2") for _ in range(2)]
-        for name in ("limited", "flooding", "long", "shorting"):
-            self.wait_lines(name, 1)
-        started = time.monotonic()
-        self.proxy.hold()
-        self.wait_lines("flooding", 2, 5)
-        self.wait_lines("short", 1, 5)
-        pid = int(self.lines("limited")[0])
-        self.wait_until(lambda: not alive(pid), "the time limit ends its job", 3)
-        self.wait_until(lambda: time.monotonic() - started > self.black_hole_s,
-                        "the black hole has lasted", self.black_hole_s + 1)
-        self.proxy.pass_on()
-        self.wait_ended(3)
-        self.wait_until(lambda: self.reasons(limited) == ["timeout"], "the result arrives")
-        for one in (flood, long, short):
-            self.assertEqual(self.runs(one, "reason", "exit_code"), [("exit", 0)])
-        self.assertEqual(self.runs(flood, "output_bytes"), [(10000000,)])
-        self.assertEqual(len(self.lines("short")), 1)
-        self.assertEqual(self.sql("SELECT id FROM workers WHERE lost_at IS NOT NULL"), [])
-        for worker in workers:
-            self.assertNotIn("lost", worker.said())
+    def test_a_thousand_jobs_on_two_supervisors_run_once_each(self) -> None:
+        self.many_jobs(1000)
 
     @slow
-    def test_a_black_hole_of_a_minute_delays_nothing(self) -> None:
-        self.black_hole_s = 60.0
-        self.test_a_black_hole_delays_no_limit_no_pipe_and_no_signal()
+    def test_ten_thousand_jobs_on_two_supervisors_run_once_each(self) -> None:
+        self.many_jobs(10000)
 
-    def test_a_second_signal_ends_a_worker_in_a_black_hole(self) -> None:
-        self.put("trap '' TERM; echo > started; while :; do sleep 1; done")
-        worker = self.worker("--count", "2")
-        self.wait_lines("started", 1)
-        self.proxy.hold()
-        worker.signal(signal.SIGTERM)
-        self.wait_until(lambda: "once more" in worker.said(), "it has heard the first")
-        asked = time.monotonic()
-        worker.signal(signal.SIGTERM)
-        self.assertEqual(worker.wait(), 128 + signal.SIGTERM)
-        self.assertLess(time.monotonic() - asked, 1 + 1)
+    def test_higher_priority_runs_first_then_the_order_of_enqueueing(self) -> None:
+        for name, priority in (("c", 0), ("a", 7), ("e", -3), ("b", 7), ("d", 0)):
+            self.put(f"echo {name} >> order", priority=priority)
+        self.drain()
+        self.assertEqual(self.lines("order"), list("abcde"))
+
+    def test_a_worker_serves_only_the_queues_it_names(self) -> None:
+        ids = {name: self.put("true", queue=name) for name in ("a", "b", "c")}
+        self.drain("--queue", "a", "--queue", "b")
+        self.assertEqual(
+            {name: self.state(one) for name, one in ids.items()},
+            {"a": "completed", "b": "completed", "c": "pending"},
+        )
+
+    def test_a_queue_with_a_thousand_jobs_does_not_starve_one_with_a_single_job(
+        self,
+    ) -> None:
+        self.put_many(1000, "echo >> big", queue="big")
+        self.put("cat big 2> /dev/null | wc -l > small", queue="small")
+        self.worker("--count", "2")
+        self.assertLess(int(self.wait_lines("small", 1)[0]), 50)
+
+    def test_a_delayed_job_starts_within_half_a_second_of_its_time(self) -> None:
+        self.worker(QUEUECTL_POLL_INTERVAL="1")
+        job = self.enqueue("date +%s.%N > started", delay=1.7)
+        self.wait_state(job, State.COMPLETED)
+        [(due,)] = self.sql(
+            "SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', next_run_at) FROM jobs"
+        )
+        late = float(self.lines("started")[0]) - int(str(due)) / 1e6
+        self.assertTrue(0 <= late < 0.5, late)
+
+    def retry_delays(self, *expected: float, **variables: str) -> None:
+        """Fail until dead, and compare the times between the starts."""
+        job = self.put(
+            "date +%s.%N >> starts; no-such-command", max_retries=len(expected)
+        )
+        self.worker(**variables)
+        self.wait_state(job, State.DEAD, 5 + sum(expected))
+        starts = [float(line) for line in self.lines("starts")]
+        delays = [later - earlier for earlier, later in zip(starts, starts[1:])]
+        self.assertEqual(len(delays), len(expected))
+        for delay, least in zip(delays, expected):
+            self.assertTrue(least <= delay < least + 0.5, delays)
+        self.assertEqual(self.sql("SELECT id, exit_code FROM dlq"), [(job, 127)])
+
+    def test_a_failing_job_is_retried_after_growing_delays(self) -> None:
+        self.retry_delays(
+            1.2, 1.44, QUEUECTL_BACKOFF_BASE="1.2", QUEUECTL_BACKOFF_MAX="1h"
+        )
+
+    @slow
+    def test_as_installed_a_failing_job_is_retried_after_two_four_and_eight_seconds(
+        self,
+    ) -> None:
+        for name in SCALED:
+            del self.environment[name]
+        self.retry_delays(2, 4, 8)
+
+    def test_history_keeps_the_last_twenty_runs(self) -> None:
+        job = self.put("exit 1", max_retries=24)
+        self.drain(QUEUECTL_BACKOFF_MAX="0")
+        self.assertEqual(self.job(job, "state", "attempts"), ("dead", 25))
+        self.assertEqual([row[0] for row in self.runs(job, "run")], list(range(6, 26)))
+
+    def test_a_result_too_large_for_the_server_blocks_no_other(self) -> None:
+        [(packet,)] = self.sql("SELECT @@global.max_allowed_packet")
+        self.addCleanup(self.sql, "SET GLOBAL max_allowed_packet = %s", packet)
+        self.sql("SET GLOBAL max_allowed_packet = 1048576")
+        large = self.put("head -c 3000000 /dev/zero")
+        others = [self.put("echo fine") for _ in range(3)]
+        self.drain("--count", "4", QUEUECTL_OUTPUT_LIMIT="4000000")
+        self.assertEqual(self.counts(), {"completed": 4})
+        [(detail, output)] = self.runs(large, "detail", "output")
+        self.assertIn("output not stored", str(detail))
+        self.assertIsNone(output)
+        for one in others:
+            self.assertEqual(self.runs(one, "reason", "output"), [("exit", b"fine\n")])
+
+
+class LostAnswers(WorkCase):
+    """A COMMIT whose answer is lost was carried out, or not; either is found out."""
+
+    def test_no_job_is_lost_or_repeated_when_answers_to_commits_are_lost(self) -> None:
+        for fault in ("before", "after", "late"):
+            with self.subTest(fault):
+                self.lose(fault)
+
+    def lose(self, fault: str) -> None:
+        proxy = Proxy(self.server.socket)
+        self.addCleanup(proxy.close)
+        self.sql("DELETE FROM runs")
+        self.sql("DELETE FROM jobs")
+        del self.environment["DB_SOCKET"]
+        self.environment.update(
+            DB_HOST="127.0.0.1", DB_PORT=str(proxy.port), DB_SSL_MODE="disabled"
+        )
+        self.put_many(12, f"sleep 0.1; echo $QUEUECTL_JOB_ID >> {fault}")
+        proxy.faults = [fault, "", fault, fault, "", "", fault][
+            : 3 if fault == "late" else 7
+        ]
+        self.drain("--count", "2")
+        self.assertEqual(proxy.faults, [])
+        ran = self.lines(fault)
+        self.assertEqual((len(ran), len(set(ran))), (12, 12))
+        self.assertEqual(
+            self.sql(
+                "SELECT state, attempts, runs, COUNT(*) FROM jobs GROUP BY 1, 2, 3"
+            ),
+            [("completed", 1, 1, 12)],
+        )
+        self.assertEqual(
+            self.sql("SELECT reason, COUNT(*) FROM runs GROUP BY reason"),
+            [("exit", 12)],
+        )
+        self.environment["DB_SOCKET"] = self.server.socket
+
+
+class Running(WorkCase):
+    """One shell command: its output, its time limit, its end."""
+
+    def ran(self, command: str, **columns: object) -> tuple[object, ...]:
+        """(reason, exit_code, output) of a job's only run; `detail` and `state` are kept."""
+        job = self.put(command, **{"max_retries": 0, **columns})
+        self.drain()
+        [(reason, code, output, detail)] = self.runs(
+            job, "reason", "exit_code", "output", "detail"
+        )
+        self.detail, self.ended = str(detail), self.state(job)
+        return reason, code, output
+
+    def test_three_slots_run_three_jobs_at_once(self) -> None:
+        self.put_many(
+            3,
+            "echo >> here; until [ $(wc -l < here) = 3 ]; do sleep 0.05; done",
+            timeout=10,
+        )
+        self.drain("--count", "3")
+        self.assertEqual(self.counts(), {"completed": 3})
+
+    def test_a_timeout_names_its_setting_and_leaves_no_process(self) -> None:
+        started = time.monotonic()
+        self.assertEqual(self.ran("sleep 60", timeout=0.3)[:2], ("timeout", 124))
+        self.assertIn("the job's timeout", self.detail)
+        self.environment["QUEUECTL_JOB_TIMEOUT"] = "0.3"
+        stubborn = "trap '' TERM; while :; do sleep 1; done"
+        self.assertEqual(
+            self.ran(f'(setsid sh -c "{stubborn}") & sleep 60 & {stubborn}')[:2],
+            ("timeout", 124),
+        )
+        self.assertIn("job_timeout", self.detail)
+        self.assertEqual(self.living(), [])
+        self.assertLess(time.monotonic() - started, 6)
+
+    def test_a_term_during_a_time_limit_gives_the_job_its_grace(self) -> None:
+        self.assertEqual(
+            self.ran("trap 'echo tidied; exit 0' TERM; sleep 60 & wait", timeout=0.3),
+            ("timeout", 124, b"tidied\n"),
+        )
+
+    def test_a_worker_stays_small_while_a_job_prints_300_megabytes(self) -> None:
+        job = self.put("head -c 300000000 /dev/zero; echo end")
+        worker = self.worker()
+        self.wait_state(job, State.COMPLETED)
+        [pid] = worker.children()
+        with open(f"/proc/{pid}/status") as file:
+            peak_kb = int(re.findall(r"VmHWM:\s*(\d+) kB", file.read())[0])
+        self.assertLess(peak_kb, 60 * 1024)
+        [(size, output)] = self.runs(job, "output_bytes", "output")
+        self.assertEqual(size, 300000004)
+        self.assertLessEqual(len(bytes(str(output), "latin-1")), 65536 * 4)
+        self.assertEqual(
+            self.sql("SELECT LENGTH(output) <= 65536, RIGHT(output, 4) FROM runs"),
+            [(1, b"end\n")],
+        )
+
+    def test_all_byte_values_are_kept(self) -> None:
+        with open(self.path("bytes"), "wb") as file:
+            file.write(bytes(range(256)))
+        self.assertEqual(self.ran("cat bytes"), ("exit", 0, bytes(range(256))))
+
+    def test_head_and_tail_of_the_output_are_kept_and_the_cut_is_marked(self) -> None:
+        self.environment["QUEUECTL_OUTPUT_LIMIT"] = "1000"
+        output = self.ran("seq 1 100000")[2]
+        assert isinstance(output, bytes)
+        self.assertLessEqual(len(output), 1000)
+        self.assertTrue(output.startswith(b"1\n2\n3\n"))
+        self.assertTrue(output.endswith(b"99999\n100000\n"))
+        self.assertIn(b"588895 bytes in all", output)
+
+    def test_output_is_seen_while_the_job_runs(self) -> None:
+        job = self.put(
+            "echo first; until [ -e go ]; do sleep 0.05; done; "
+            "echo second >&2; sleep 60"
+        )
+        self.worker()
+        self.wait_until(lambda: self.runs(job, "output") == [(b"first\n",)], "first", 1)
+        with open(self.path("go"), "w"):
+            pass
+        self.wait_until(
+            lambda: self.runs(job, "output") == [(b"first\nsecond\n",)], "second", 2
+        )
+        self.assertEqual(self.runs(job, "reason", "finished_at"), [(None, None)])
+        self.assert_state(job, State.PROCESSING)
+
+    def test_a_background_child_that_holds_the_pipe_outlives_a_job_that_succeeds(
+        self,
+    ) -> None:
+        started = time.monotonic()
+        self.assertEqual(
+            self.ran("sleep 60 & echo $! > child; echo out"), ("exit", 0, b"out\n")
+        )
+        self.assertLess(time.monotonic() - started, 5)
+        self.assertTrue(alive(int(self.lines("child")[0])))
+
+    def test_a_background_child_is_ended_when_its_job_fails(self) -> None:
+        self.assertEqual(self.ran("sleep 60 & echo out; exit 3"), ("exit", 3, b"out\n"))
         self.assertEqual(self.living(), [])
 
-    def test_results_of_a_stop_in_an_outage_arrive_when_it_ends_in_time(self) -> None:
-        job = self.put("echo > started; sleep 1")
-        worker = self.worker()
-        self.wait_lines("started", 1)
-        self.proxy.refuse()
-        self.proxy.cut()
-        worker.signal(signal.SIGTERM)
-        self.wait_until(lambda: "trying again" in worker.said(), "it says so")
-        self.proxy.pass_on()
-        self.assertEqual(worker.wait(), 0)
-        self.assertEqual(self.runs(job, "reason", "exit_code"), [("exit", 0)])
+    def test_standard_input_is_empty(self) -> None:
+        self.assertEqual(self.ran("cat; echo $?"), ("exit", 0, b"0\n"))
 
-    def test_a_stop_in_a_long_outage_names_the_jobs_whose_results_were_lost(self) -> None:
-        job = self.put("echo > started; sleep 0.5")
-        worker = self.worker("--grace", "2")
-        self.wait_lines("started", 1)
-        self.proxy.refuse()
-        self.proxy.cut()
-        worker.signal(signal.SIGTERM)
-        self.assertEqual(worker.wait(8), 1)
-        self.assertIn(job, worker.said())
-        self.assertIn("will run again", worker.said())
+    def test_both_streams_are_one_in_order(self) -> None:
+        self.assertEqual(
+            self.ran("for n in 1 2 3; do echo $n; echo -$n >&2; done")[2],
+            b"1\n-1\n2\n-2\n3\n-3\n",
+        )
+
+    def test_a_command_of_130000_bytes_runs(self) -> None:
+        command = "long='" + "x" * 129978 + "'; echo ${#long}"
+        self.assertEqual(len(command), 130000)
+        self.assertEqual(self.ran(command), ("exit", 0, b"129978\n"))
+
+    def test_quotes_percent_signs_newlines_and_emoji_reach_the_shell(self) -> None:
+        self.assertEqual(
+            self.ran(
+                """printf '%s|' "it's" '"so"' '100%' '%s %(x)s \\n' '🎉 ü' 'a\nb'"""
+            ),
+            ("exit", 0, """it's|"so"|100%|%s %(x)s \\n|🎉 ü|a\nb|""".encode()),
+        )
+
+    def test_death_by_a_signal_is_128_and_its_number(self) -> None:
+        self.assertEqual(
+            self.ran("echo out; kill -SEGV $$"),
+            ("signal", 128 + signal.SIGSEGV, b"out\n"),
+        )
+        self.assertEqual(self.ended, State.DEAD)
+
+    def test_a_directory_that_is_missing_is_a_failure_to_start(self) -> None:
+        self.assertEqual(
+            self.ran("true", cwd="/no/such/directory"), ("spawn", None, None)
+        )
+        self.assertIn("/no/such/directory", self.detail)
+        self.assertEqual(self.ended, State.DEAD)
+
+    def test_a_command_that_is_not_found_says_where_it_was_looked_for(self) -> None:
+        self.assertEqual(self.ran("no-such-command")[:2], ("exit", 127))
+        self.assertIn(f"in {self.folder} on {socket.gethostname()}, PATH=", self.detail)
+
+    def test_a_job_gets_its_own_variables_and_no_secrets(self) -> None:
+        self.environment.update(
+            DB_PASSWORD_FILE="/dev/null",
+            MYSQL_PWD="secret",
+            QUEUECTL_SIGNING_KEY="secret",
+            QUEUECTL_WEB_TOKEN="secret",
+            NOTIFY_SOCKET="/nowhere",
+            KEPT="kept",
+            OWN="worker's",
+        )
+        job = self.put(
+            "env -0 > environment",
+            queue="etl",
+            max_retries=4,
+            env='{"OWN": "the job\'s", "DB_HOST": "mine"}',
+        )
+        self.drain()
+        with open(self.path("environment")) as file:
+            found = dict(one.split("=", 1) for one in file.read().split("\0") if one)
+        self.assertEqual(
+            [name for name in found if re.match("DB_|DATABASE|MYSQL|NOTIFY", name)],
+            ["DB_HOST"],
+        )
+        self.assertNotIn("secret", found.values())
+        expected = {
+            "KEPT": "kept",
+            "OWN": "the job's",
+            "QUEUECTL_JOB_ID": job,
+            "QUEUECTL_ATTEMPT": "1",
+            "QUEUECTL_MAX_ATTEMPTS": "5",
+            "QUEUECTL_QUEUE": "etl",
+        }
+        self.assertEqual({name: found.get(name) for name in expected}, expected)
+        self.assertIn("QUEUECTL_RUN", found)
+
+    def test_a_job_has_clean_signals_and_descriptors_under_any_parent(self) -> None:
+        job = "grep -E '^Sig(Ign|Blk)' /proc/self/status; ls /proc/self/fd"
+        ignoring = "trap '' CHLD INT HUP QUIT PIPE TERM; exec \"$@\""
+        wanted = sum(1 << (number - 1) for number in queuectl.HANDLED)
+        for wrap in ((), ("nohup",), ("sh", "-c", ignoring, "sh")):
+            with self.subTest(wrap[:1]):
+                one, failing = self.put(job), self.put("exit 3", max_retries=0)
+                worker = self.worker_under(*wrap)
+                self.wait_state(one, State.COMPLETED)
+                self.wait_state(failing, State.DEAD)
+                self.assertEqual(self.runs(failing, "exit_code"), [(3,)])
+                words = bytes(self.runs(one, "output")[0][0]).split()  # type: ignore
+                self.assertEqual(int(words[1], 16), 0)
+                self.assertEqual(int(words[3], 16) & wanted, 0)
+                self.assertEqual(words[4:], [b"0", b"1", b"2", b"3"])
+                worker.signal(signal.SIGTERM)
+                self.assertEqual(worker.wait(), 0)
+
+    def test_a_job_keeps_the_umask_and_directory_of_its_worker(self) -> None:
+        job = self.put("umask; pwd; sleep 0.2; cat /proc/self/oom_score_adj")
+        self.worker_under("sh", "-c", 'umask 027; exec "$@"', "sh")
+        self.wait_state(job, State.COMPLETED)
+        self.assertEqual(
+            self.runs(job, "output"), [(f"0027\n{self.folder}\n500\n".encode(),)]
+        )
 
 
 class Steering(WorkCase):
@@ -1494,13 +1833,17 @@ class Steering(WorkCase):
         self.assertEqual(self.job(job, "state", "attempts"), ("pending", 0))
         self.assertEqual(self.reasons(job), ["handed back"])
 
-    def test_cancel_ends_a_running_job_of_any_supervisor_within_two_seconds(self) -> None:
+    def test_cancel_ends_a_running_job_of_any_supervisor_within_two_seconds(
+        self,
+    ) -> None:
         ids = [self.put("echo $$ >> pids; sleep 60 & wait") for _ in range(2)]
         for _ in range(2):
             self.worker()
         pids = [int(line) for line in self.wait_lines("pids", 2)]
         self.queuectl("cancel", *ids)
-        self.wait_until(lambda: not any(map(alive, pids)), "their processes are gone", 2)
+        self.wait_until(
+            lambda: not any(map(alive, pids)), "their processes are gone", 2
+        )
         for one in ids:
             self.wait_state(one, State.CANCELLED, 2)
             self.assertEqual(self.reasons(one), ["cancelled"])
@@ -1550,6 +1893,761 @@ class Steering(WorkCase):
         self.wait_lines("started", 1)
         self.drain()
         self.assertEqual(self.counts(), {"completed": 1})
+
+
+class Crashes(WorkCase):
+    """Whatever dies, each job ends, and no two runs of one overlap."""
+
+    def starts(self, job_id: str) -> list[tuple[int, float]]:
+        """(pid, time) of each run that a job wrote down."""
+        return [
+            (int(pid), float(when))
+            for one, pid, when in (line.split() for line in self.lines("starts"))
+            if one == job_id
+        ]
+
+    def kill(self, worker: Background, jobs_too: bool = True) -> None:
+        """kill -9 a supervisor and all below it; without `jobs_too` its workers only."""
+        kill_all(
+            [worker.pid, *(descendants(worker.pid) if jobs_too else worker.children())]
+        )
+
+    def test_jobs_of_a_killed_worker_process_run_again_within_two_seconds(self) -> None:
+        ids = [self.put(BOOKED + "sleep 2") for _ in range(4)]
+        self.put_many(20, "sleep 0.05")
+        worker = self.worker("--count", "4")
+        self.wait_lines("starts", 4)
+        victim = worker.children()[0]
+        taken = [
+            str(row[0])
+            for row in self.sql(
+                "SELECT jobs.id FROM jobs JOIN workers ON workers.id = worker "
+                "WHERE jobs.state = 'processing' AND pid = %s",
+                victim,
+            )
+        ]
+        self.assertTrue(taken)
+        killed_at = time.time()
+        os.kill(victim, signal.SIGKILL)
+        self.wait_until(
+            lambda: all(len(self.starts(one)) == 2 for one in taken), "again"
+        )
+        for one in taken:
+            self.assertLess(self.starts(one)[1][1] - killed_at, 2)
+        self.wait_ended(24)
+        self.assertEqual(self.lines("overlaps"), [])
+        for one in ids:
+            self.assertEqual(self.reasons(one), ["lost"] * (one in taken) + ["exit"])
+            self.assertEqual(len(self.starts(one)), 1 + (one in taken))
+
+    def test_workers_hand_back_and_leave_when_their_supervisor_is_killed(self) -> None:
+        ids = [
+            self.put(BOOKED + "trap '' TERM; while :; do sleep 1; done"),
+            self.put(BOOKED + "sleep 60"),
+        ]
+        worker = self.worker("--count", "2")
+        self.wait_lines("starts", 2)
+        worker.signal(signal.SIGKILL)
+        worker.wait()
+        self.wait_until(lambda: not self.living(), "all have left", 1 + 2)
+        for one in ids:
+            self.assertEqual(
+                self.job(one, "state", "attempts", "token"), ("pending", 0, None)
+            )
+            self.assertEqual(self.reasons(one), ["handed back"])
+        self.assertEqual(self.sql("SELECT id FROM workers"), [])
+
+    def test_a_new_start_on_the_host_takes_over_at_once(self) -> None:
+        again = self.put(BOOKED + f"if {FIRST}; then sleep 60; fi")
+        unwanted = self.put(BOOKED + "sleep 60")
+        worker = self.worker("--count", "2", QUEUECTL_WORKER_TIMEOUT="30")
+        self.wait_lines("starts", 2)
+        self.kill(worker, jobs_too=False)
+        self.assertIn("ends it", self.queuectl("cancel", unwanted))
+        self.worker(QUEUECTL_WORKER_TIMEOUT="30")
+        self.wait_state(again, State.COMPLETED, 3)
+        self.assertEqual(self.reasons(again), ["lost", "exit"])
+        self.assertEqual(self.state(unwanted), State.CANCELLED)
+        self.assertEqual(self.reasons(unwanted), ["cancelled"])
+        self.assertEqual(self.lines("overlaps"), [])
+        self.assertFalse(alive(self.starts(unwanted)[0][0]))
+
+    @can_unshare
+    def test_another_container_of_that_name_waits_out_the_lease(self) -> None:
+        job = self.put(BOOKED + f"if {FIRST}; then sleep 60; fi")
+        worker = self.worker()
+        self.wait_lines("starts", 1)
+        [(held_by,)] = self.sql("SELECT id FROM workers")
+        self.worker_under(*CONTAINER)
+        self.wait_beats(10)
+        self.assertEqual(self.job(job, "worker", "runs"), (held_by, 1))
+        self.kill(worker)
+        killed = time.monotonic()
+        self.wait_state(job, State.COMPLETED, 3 + 5)
+        self.assertGreater(time.monotonic() - killed, 2)
+        self.assertEqual(self.reasons(job), ["lost", "exit"])
+
+    def test_a_worker_stopped_past_its_lease_changes_nothing_and_ends_its_run(
+        self,
+    ) -> None:
+        job = self.put(
+            BOOKED + f"if {FIRST}; then sleep 60; else sleep 2; echo new; fi"
+        )
+        old = self.worker()
+        self.wait_lines("starts", 1)
+        [stopped] = old.children()
+        os.kill(stopped, signal.SIGSTOP)
+        self.worker()
+        self.wait_lines("starts", 2, 3 + 5)
+        token = self.job(job, "token")
+        os.kill(stopped, signal.SIGCONT)
+        first = self.starts(job)[0][0]
+        self.wait_until(lambda: not alive(first), "the old run is ended", 2)
+        self.assertEqual(self.job(job, "token", "state"), (*token, "processing"))
+        self.wait_state(job, State.COMPLETED)
+        self.assertEqual(
+            self.runs(job, "reason", "output"), [("lost", None), ("exit", b"new\n")]
+        )
+        self.assertIn("declared lost", old.said())
+        later = self.put("true")
+        self.wait_state(later, State.COMPLETED)
+
+    def test_nothing_is_lost_or_repeated_when_the_server_is_killed(self) -> None:
+        server = queuectl.PrivateServer(
+            self.path("own server"), os.environ.get("QUEUECTL_TEST_MYSQLD", "")
+        )
+        self.assertTrue(server.start())
+        self.addCleanup(server.stop)
+        self.environment["DB_SOCKET"] = server.socket
+        self.queuectl("db", "init")
+        self.queuectl(
+            "enqueue",
+            "--lines",
+            "-",
+            stdin=b"".join(
+                b"sleep 0.1; echo %d >> done\n" % number for number in range(120)
+            ),
+        )
+        workers = [self.worker("--count", "4") for _ in range(2)]
+        self.wait_lines("done", 30)
+        os.kill(server.running(), signal.SIGKILL)
+        self.wait_until(
+            lambda: all(
+                worker.said().count("trying again") >= len(worker.children())
+                for worker in workers
+            ),
+            "all say that the database is away",
+        )
+        self.assertTrue(server.start())
+        self.wait_lines("done", 120)
+        for worker in workers:
+            worker.signal(signal.SIGTERM)
+            self.assertEqual(worker.wait(), 0)
+            spoken = [
+                line for line in worker.said().splitlines() if "the database" in line
+            ]
+            for pid in {line.split()[1] for line in spoken}:
+                away, back = [line for line in spoken if line.split()[1] == pid]
+                self.assertIn("trying again", away)
+                self.assertIn("is back", back)
+        self.assertEqual(sorted(map(int, self.lines("done"))), list(range(120)))
+        listed = self.queuectl("list", "--json").splitlines()
+        self.assertEqual({json.loads(line)["state"] for line in listed}, {"completed"})
+        self.assertEqual({json.loads(line)["attempts"] for line in listed}, {1})
+
+    def test_a_poison_job_is_buried_without_its_neighbours(self) -> None:
+        neighbours = [self.put("sleep 4", max_retries=0) for _ in range(3)]
+        poison = self.put("kill -9 $PPID", max_retries=3)
+        worker = self.worker("--count", "4")
+        self.wait_state(poison, State.DEAD)
+        self.assertEqual(self.job(poison, "reason", "attempts"), ("lost", 4))
+        self.assertEqual(self.reasons(poison), ["lost"] * 4)
+        self.assertEqual(self.sql("SELECT id, reason FROM dlq"), [(poison, "lost")])
+        for one in neighbours:
+            self.wait_state(one, State.COMPLETED)
+        worker.signal(signal.SIGTERM)
+        self.assertEqual(worker.wait(), 0)
+
+    def test_on_lost_dead_buries_a_job_at_its_first_loss(self) -> None:
+        job = self.put("kill -9 $PPID", on_lost="dead")
+        self.worker()
+        self.wait_state(job, State.DEAD)
+        self.assertEqual(self.reasons(job), ["lost"])
+
+
+class Outages(WorkCase):
+    """A database that is away stops claiming, not running, and condemns nobody."""
+
+    black_hole_s = 6.0
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.proxy = Proxy(self.server.socket)
+        self.addCleanup(self.proxy.close)
+        del self.environment["DB_SOCKET"]
+        self.environment.update(DB_HOST="127.0.0.1", DB_PORT=str(self.proxy.port))
+
+    def test_a_black_hole_delays_no_limit_no_pipe_and_no_signal(self) -> None:
+        limited = self.put("echo $$ > limited; sleep 60", timeout=2, max_retries=0)
+        flood = self.put(
+            "echo > flooding; head -c 10000000 /dev/zero; echo >> flooding"
+        )
+        long = self.put(f"echo $$ > long; sleep {self.black_hole_s + 4}", timeout=0)
+        short = self.put("echo > shorting; sleep 1; echo >> short")
+        workers = [self.worker("--count", "2") for _ in range(2)]
+        for name in ("limited", "flooding", "long", "shorting"):
+            self.wait_lines(name, 1)
+        started = time.monotonic()
+        self.proxy.hold()
+        self.wait_lines("flooding", 2, 5)
+        self.wait_lines("short", 1, 5)
+        pid = int(self.lines("limited")[0])
+        self.wait_until(lambda: not alive(pid), "the time limit ends its job", 3)
+        self.wait_until(
+            lambda: time.monotonic() - started > self.black_hole_s,
+            "the black hole has lasted",
+            self.black_hole_s + 1,
+        )
+        self.proxy.pass_on()
+        self.wait_ended(3)
+        self.wait_until(
+            lambda: self.reasons(limited) == ["timeout"], "the result arrives"
+        )
+        for one in (flood, long, short):
+            self.assertEqual(self.runs(one, "reason", "exit_code"), [("exit", 0)])
+        self.assertEqual(self.runs(flood, "output_bytes"), [(10000000,)])
+        self.assertEqual(len(self.lines("short")), 1)
+        self.assertEqual(
+            self.sql("SELECT id FROM workers WHERE lost_at IS NOT NULL"), []
+        )
+        for worker in workers:
+            self.assertNotIn("lost", worker.said())
+
+    @slow
+    def test_a_black_hole_of_a_minute_delays_nothing(self) -> None:
+        self.black_hole_s = 60.0
+        self.test_a_black_hole_delays_no_limit_no_pipe_and_no_signal()
+
+    def test_a_second_signal_ends_a_worker_in_a_black_hole(self) -> None:
+        self.put("trap '' TERM; echo > started; while :; do sleep 1; done")
+        worker = self.worker("--count", "2")
+        self.wait_lines("started", 1)
+        self.proxy.hold()
+        worker.signal(signal.SIGTERM)
+        self.wait_until(lambda: "once more" in worker.said(), "it has heard the first")
+        asked = time.monotonic()
+        worker.signal(signal.SIGTERM)
+        self.assertEqual(worker.wait(), 128 + signal.SIGTERM)
+        self.assertLess(time.monotonic() - asked, 1 + 1)
+        self.assertEqual(self.living(), [])
+
+    def test_results_of_a_stop_in_an_outage_arrive_when_it_ends_in_time(self) -> None:
+        job = self.put("echo > started; sleep 1")
+        worker = self.worker()
+        self.wait_lines("started", 1)
+        self.proxy.refuse()
+        self.proxy.cut()
+        worker.signal(signal.SIGTERM)
+        self.wait_until(lambda: "trying again" in worker.said(), "it says so")
+        self.proxy.pass_on()
+        self.assertEqual(worker.wait(), 0)
+        self.assertEqual(self.runs(job, "reason", "exit_code"), [("exit", 0)])
+
+    def test_a_stop_in_a_long_outage_names_the_jobs_whose_results_were_lost(
+        self,
+    ) -> None:
+        job = self.put("echo > started; sleep 0.5")
+        worker = self.worker("--grace", "2")
+        self.wait_lines("started", 1)
+        self.proxy.refuse()
+        self.proxy.cut()
+        worker.signal(signal.SIGTERM)
+        self.assertEqual(worker.wait(8), 1)
+        self.assertIn(job, worker.said())
+        self.assertIn("will run again", worker.said())
+
+
+class Daemon(WorkCase):
+    """The PID file, the log, and what keeps worker processes up."""
+
+    def daemon(self, *argv: str) -> int:
+        """The PID of a new daemon, as its PID file has it."""
+        self.queuectl("worker", "start", "--daemon", *argv)
+        return int(self.lines("workers.pid")[0])
+
+    def wait_gone(self, *pids: int) -> None:
+        self.wait_until(lambda: not any(map(alive, pids)), "they are gone")
+
+    def test_one_of_eight_racing_daemons_wins(self) -> None:
+        racers = [self.start("worker", "start", "--daemon") for _ in range(8)]
+        self.assertEqual(sorted(one.wait() for one in racers), [0] + [1] * 7)
+        [winner] = [one for one in racers if one.process.returncode == 0]
+        pid = int(self.lines("workers.pid")[0])
+        self.assertIn(f"PID {pid} ", winner.said())
+        self.assertTrue(alive(pid))
+        self.assertEqual(self.sql("SELECT DISTINCT supervisor FROM workers"), [(pid,)])
+        for one in racers:
+            if one is not winner:
+                self.assertIn(str(pid), one.said())
+        self.queuectl("worker", "stop")
+        self.wait_gone(pid)
+
+    def test_a_stranger_named_by_a_stale_pid_file_is_not_signalled(self) -> None:
+        stranger = subprocess.Popen(["sleep", "60"])
+        self.addCleanup(stranger.wait)
+        self.addCleanup(stranger.kill)
+        with open(self.path("workers.pid"), "w") as file:
+            file.write(f"{stranger.pid}\n")
+        self.queuectl("worker", "stop")
+        self.assertIn("stale", self.errors)
+        self.queuectl("worker", "stop", "--now")
+        self.assertNotEqual(self.daemon(), stranger.pid)
+        self.queuectl("worker", "stop")
+        self.assertIsNone(stranger.poll())
+        self.assertFalse(os.path.exists(self.path("workers.pid")))
+        self.queuectl("worker", "stop")
+        self.assertIn("no PID file", self.errors)
+
+    def test_the_start_of_a_daemon_returns_and_lets_go_of_its_callers_streams(
+        self,
+    ) -> None:
+        done = subprocess.run(
+            [
+                "sh",
+                "-c",
+                'umask 027; out=$("$@"); echo "$?,$out"',
+                "sh",
+                sys.executable,
+                SCRIPT,
+                "worker",
+                "start",
+                "--daemon",
+            ],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            timeout=10,
+            check=True,
+        )
+        self.assertEqual(done.stdout, b"0,\n")
+        pid = int(self.lines("workers.pid")[0])
+        for one in (pid, *descendants(pid)):
+            self.assertEqual(
+                [os.readlink(f"/proc/{one}/fd/{number}") for number in range(3)],
+                [os.devnull] + [self.path("workers.log")] * 2,
+            )
+        job = self.put("umask; pwd")
+        self.wait_state(job, State.COMPLETED)
+        self.assertEqual(
+            self.runs(job, "output"), [(f"0027\n{self.folder}\n".encode(),)]
+        )
+        os.kill(pid, signal.SIGTERM)
+        self.wait_gone(pid)
+        self.assertFalse(os.path.exists(self.path("workers.pid")))
+        self.assertIn("stopped", self.lines("workers.log")[-1])
+
+    def test_status_tells_a_live_daemon_from_a_killed_one(self) -> None:
+        self.assertIn("No worker PID file at ./workers.pid\n", self.queuectl("status"))
+        pid = self.daemon("--count", "3")
+        self.assertIn(
+            f"Worker PID file found at ./workers.pid\n{pid}\n", self.queuectl("status")
+        )
+        self.assertEqual(
+            json.loads(self.queuectl("status", "--json"))["daemon"],
+            {"pid_file": "./workers.pid", "pid": pid, "alive": True},
+        )
+        self.assertEqual(
+            self.queuectl("worker", "list").splitlines()[-1], "3 slots on 1 host"
+        )
+        rows = [
+            json.loads(line)
+            for line in self.queuectl("worker", "list", "--json").splitlines()
+        ]
+        self.assertEqual(
+            list(rows[0]), "id host pid slots busy queues heartbeat_at state".split()
+        )
+        self.assertEqual({row["pid"] for row in rows}, set(descendants(pid)))
+        self.assertEqual(sum(row["slots"] for row in rows), 3)
+        self.queuectl("worker", "start", "--daemon", status=1)
+        kill_all([pid, *descendants(pid)])
+        self.wait_gone(pid)
+        self.assertIn(
+            "found at ./workers.pid (stale, no daemon holds it)\n",
+            self.queuectl("status"),
+        )
+        self.assertNotEqual(self.daemon(), pid)
+
+    def test_a_killed_worker_process_is_replaced(self) -> None:
+        worker = self.worker("--count", "2")
+        before = worker.children()
+        os.kill(before[0], signal.SIGKILL)
+        self.wait_until(
+            lambda: (
+                len(worker.children()) == len(before)
+                and before[0] not in worker.children()
+            ),
+            "another is there",
+            2,
+        )
+        self.put_many(4, "true")
+        self.wait_ended(4)
+
+    def test_stop_waits_says_for_what_and_can_run_out_of_time(self) -> None:
+        job = self.put("echo > started; sleep 60")
+        pid = self.daemon()
+        self.wait_lines("started", 1)
+        self.queuectl("worker", "stop", "--timeout", "1.5s", status=124)
+        self.assertIn(f"waiting for {job}", self.errors)
+        self.assertTrue(alive(pid))
+        started = time.monotonic()
+        self.queuectl("worker", "stop", "--now")
+        self.assertLess(time.monotonic() - started, 4)
+        self.assertFalse(alive(pid))
+        self.assertEqual(self.job(job, "state", "attempts"), ("pending", 0))
+        self.assertEqual(self.reasons(job), ["handed back"])
+
+    def test_a_daemon_without_its_tables_fails_and_says_why(self) -> None:
+        self.queuectl("worker", "start", "--daemon", status=69, DB_NAME="nowhere")
+        self.assertIn("db init", self.errors)
+        self.assertIn("No worker PID file", self.queuectl("status"))
+
+    def test_a_log_of_ten_megabytes_is_set_aside(self) -> None:
+        with open(self.path("workers.log"), "wb") as file:
+            file.write(b"x\n" * (5 << 20) + b"end\n")
+        self.daemon("--count", "2")
+        self.queuectl("worker", "stop")
+        self.assertGreaterEqual(os.path.getsize(self.path("workers.log.1")), 10 << 20)
+        self.assertIn("ready, serving", self.lines("workers.log")[0])
+        self.assertIn("stopped", self.lines("workers.log")[-1])
+
+    def test_hup_has_a_daemon_write_to_a_new_log(self) -> None:
+        pid = self.daemon()
+        os.rename(self.path("workers.log"), self.path("old.log"))
+        os.kill(pid, signal.SIGHUP)
+        self.wait_lines("workers.log", 1, 5)
+
+
+class Servers(WorkCase):
+    """A private server, for a machine without one."""
+
+    def test_a_server_in_a_folder_with_a_space_survives_kill_9_with_its_data(
+        self,
+    ) -> None:
+        server = queuectl.PrivateServer(
+            self.path("a folder"), os.environ.get("QUEUECTL_TEST_MYSQLD", "")
+        )
+        self.addCleanup(server.stop)
+        self.assertTrue(server.start())
+        self.assertFalse(server.start())
+
+        def ask(query: str) -> object:
+            with (
+                pymysql.connect(
+                    unix_socket=server.socket,
+                    user="root",
+                    autocommit=True,
+                    ssl_disabled=True,
+                ) as database,
+                database.cursor() as cursor,
+            ):
+                cursor.execute(query)
+                return cursor.fetchall()
+
+        ask("CREATE DATABASE kept")
+        ask("CREATE TABLE kept.word (word VARCHAR(9) PRIMARY KEY)")
+        ask("INSERT INTO kept.word VALUES ('still')")
+        pid = server.running()
+        os.kill(pid, signal.SIGKILL)
+        self.assertTrue(server.start())
+        self.assertNotEqual(server.running(), pid)
+        self.assertEqual(ask("SELECT word FROM kept.word"), (("still",),))
+        self.assertTrue(server.stop())
+        self.assertFalse(server.stop())
+        self.assertEqual(server.running(), 0)
+
+    def test_db_start_serves_a_folder_whose_socket_path_is_too_long(self) -> None:
+        self.folder = self.path("deep" * 12 + "/" + "deeper" * 12)
+        os.makedirs(self.folder)
+        for name in ("DB_SOCKET", "DB_USER"):
+            del self.environment[name]
+        program = os.environ.get("QUEUECTL_TEST_MYSQLD", "")
+        self.environment["PATH"] = os.pathsep.join(
+            [os.path.dirname(program) or "/usr/sbin", self.environment["PATH"]]
+        )
+        self.addCleanup(self.run_queuectl, "db", "stop")
+        started = self.queuectl("db", "start")
+        self.assertIn("private server started in .queuectl, PID ", started)
+        pid = re.findall(r"PID (\d+)", started)[0]
+        self.assertIn(
+            f"runs already in .queuectl, PID {pid}", self.queuectl("db", "start")
+        )
+        with open(self.path(".queuectl/socket")) as file:
+            self.addCleanup(shutil.rmtree, os.path.dirname(file.read().strip()))
+        self.queuectl("enqueue", "-c", "echo it works > it-works")
+        self.drain()
+        self.assertEqual(self.lines("it-works"), ["it works"])
+        self.assertIn("stopped", self.queuectl("db", "stop"))
+        self.assertFalse(alive(int(pid)))
+        self.queuectl("list", status=69)
+        self.assertIn("queuectl db start", self.errors)
+
+
+class CommandsTest(WorkCase):
+    """What a person types and reads."""
+
+    def test_the_command_line_is_forgiving_in_order_and_strict_in_names(self) -> None:
+        self.enqueue("true", id="one")
+        for argv in (
+            ["list", "--json"],
+            ["--json", "list"],
+            ["list", "--limit", "1", "--json"],
+        ):
+            self.assertEqual(json.loads(self.queuectl(*argv))["id"], "one")
+        self.assertIn("max_retries", self.queuectl("config", "--json", "list"))
+        for argv, hint in (
+            (["lst"], "did you mean list?"),
+            (["list", "--stat", "dead"], ""),
+            (["worker", "stat"], "did you mean start?"),
+            (["dlq"], "list|retry"),
+            (["list", "--state", "pendin"], "did you mean pending?"),
+            (["config", "get", "backof_base"], "did you mean backoff_base?"),
+            (["list", "--limit", "-1"], "whole number"),
+            (["show"], "ID"),
+            (["list", "extra"], "extra"),
+            (["worker", "start", "--count=0"], ""),
+        ):
+            self.queuectl(*argv, status=2)
+            self.assertIn(hint, self.errors)
+        overview = self.queuectl()
+        for name, command in queuectl.COMMANDS.items():
+            self.assertIn(f"  {name:14} {command.summary}\n", overview)
+        self.assertEqual(
+            self.queuectl("help", "enqueue"), self.queuectl("enqueue", "--help")
+        )
+        self.assertRegex(
+            self.queuectl("--version"),
+            r"^queuectl \S+, schema 1, PyMySQL \d\S+, Python 3\.\S+\n$",
+        )
+
+    def test_a_list_is_filtered_limited_and_may_be_cut_off(self) -> None:
+        self.put_many(1500, "true")
+        self.put_many(3, "true", queue="q", state="failed")
+        self.queuectl("list")
+        self.assertIn("100 of 1,503; --limit 0 for all", self.errors)
+        table = self.queuectl("list", "--state", "failed", "--queue", "q")
+        self.assertEqual(len(table.splitlines()), 7)
+        self.assertEqual(len(self.queuectl("list", "--json").splitlines()), 1503)
+        self.assertEqual(self.queuectl("list", "--json", "--state", "dead"), "")
+        done = subprocess.run(
+            f"{sys.executable} {SCRIPT} list --json | head -n 1",
+            shell=True,
+            capture_output=True,
+            env=self.environment,
+            check=False,
+        )
+        self.assertEqual((done.stdout.count(b"\n"), done.stderr), (1, b""))
+
+    def test_one_job_is_shown_whole(self) -> None:
+        job_id = self.enqueue(
+            "echo out; exit 3", max_retries=0, env={"TOKEN": "s3cret"}
+        )
+        self.drain()
+        found = self.show(job_id)
+        self.assertEqual(
+            list(found),
+            (
+                "id command queue state priority attempts max_retries timeout next_run_at "
+                "created_at started_at finished_at duration exit_code reason worker cwd env after "
+                "output history"
+            ).split(),
+        )
+        self.assertEqual(
+            (
+                found["state"],
+                found["attempts"],
+                found["exit_code"],
+                found["reason"],
+                found["output"],
+                found["env"],
+            ),
+            ("dead", 1, 3, "exit", "out\n", {"TOKEN": "s3cret"}),
+        )
+        history = found["history"]
+        assert isinstance(history, list)
+        for name in (
+            "attempt worker started_at finished_at duration exit_code reason"
+        ).split():
+            self.assertIn(name, history[0])
+        self.assertRegex(
+            str(found["finished_at"]), r"^\d{4}-\d\d-\d\dT[\d:]{8}\.\d{3}Z$"
+        )
+        self.assertNotIn("s3cret", self.queuectl("show", job_id))
+        self.assertEqual(self.queuectl("logs", job_id), "out\n")
+        self.queuectl("show", "absent", status=1)
+        self.assertIn("no such job: absent", self.errors)
+        self.queuectl("logs", "-", status=1)
+
+    def test_no_control_sequence_reaches_a_terminal_or_a_table(self) -> None:
+        job_id = self.enqueue(
+            "printf '\\033[31m\\007\\tred\\n'; #\u202e\x1b]0;title\x07"
+        )
+        self.drain()
+        for argv in (["list"], ["show", job_id]):
+            self.assertNotRegex(self.queuectl(*argv), "[\x07\x1b\u202e]")
+        self.assertEqual(self.queuectl("logs", job_id), "\x1b[31m\x07\tred\n")
+        self.assertNotIn("\x1b", self.on_terminal(80, "logs", job_id))
+
+    def on_terminal(self, columns: int, *argv: str, **variables: str) -> str:
+        """What a terminal of so many columns is sent."""
+        here, there = pty.openpty()
+        fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        with subprocess.Popen(
+            [sys.executable, SCRIPT, *argv],
+            stdin=there,
+            stdout=there,
+            stderr=subprocess.DEVNULL,
+            cwd=self.folder,
+            env={**self.environment, **variables},
+        ):
+            os.close(there)
+            text = b""
+            with contextlib.suppress(OSError):
+                while data := os.read(here, 65536):
+                    text += data
+            os.close(here)
+        return text.decode().replace("\r\n", "\n")
+
+    def test_tables_fit_a_terminal_of_80_columns(self) -> None:
+        job_id = self.enqueue("echo " + "long 😀 é " * 30, max_retries=0)
+        self.sql("UPDATE jobs SET state = 'dead'")
+        self.sql("INSERT INTO dlq (seq, id) SELECT seq, id FROM jobs")
+        for argv in (["list"], ["dlq", "list"], ["config", "list"], ["status"]):
+            text = self.on_terminal(80, *argv)
+            for line in text.splitlines():
+                if line[:1] in "┌│└├":
+                    self.assertLessEqual(queuectl.columns_of(line), 80, line)
+        self.assertIn(job_id, self.on_terminal(80, "list"))
+
+    def test_a_locale_without_boxes_gets_plain_ones(self) -> None:
+        self.enqueue("echo é😀")
+        table = self.queuectl(
+            "list", LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0"
+        )
+        self.assertTrue(table.isascii())
+        self.assertIn("| echo ??", table)
+
+    def test_cancel_ends_what_waits_and_says_why_it_cannot_end_the_rest(self) -> None:
+        for state in ("pending", "scheduled", "failed", "blocked", "completed", "dead"):
+            self.put("true", state=state)
+            self.sql("UPDATE jobs SET id = state WHERE id <> state")
+        out = self.queuectl(
+            "cancel",
+            "pending",
+            "absent",
+            "scheduled",
+            "failed",
+            "blocked",
+            "completed",
+            "dead",
+            status=1,
+        )
+        self.assertEqual(out.count("is cancelled"), 4)
+        for text in (
+            "no such job: absent",
+            "job completed is completed",
+            "job dead is dead",
+        ):
+            self.assertIn(text, self.errors)
+        self.assertEqual(
+            dict(self.sql("SELECT state, COUNT(*) FROM jobs GROUP BY state")),
+            {"cancelled": 4, "completed": 1, "dead": 1},
+        )
+        self.assertEqual(
+            json.loads(self.queuectl("cancel", "dead", "--json", status=1)),
+            {
+                "id": "dead",
+                "ok": False,
+                "state": "dead",
+                "error": "job dead is dead: nothing to cancel",
+            },
+        )
+
+    def test_a_dead_letter_is_listed_and_retried_with_its_attempts(self) -> None:
+        job_id = self.enqueue("echo broke; exit 4", max_retries=1)
+        self.drain()
+        letter = json.loads(self.queuectl("dlq", "list", "--json"))
+        self.assertEqual(
+            (letter["id"], letter["attempts"], letter["exit_code"]), (job_id, 2, 4)
+        )
+        self.assertIn("died_at", letter)
+        self.assertEqual(self.sql("SELECT last_line FROM dlq"), [("broke",)])
+        self.assertIn("2/2", self.queuectl("dlq", "list"))
+        for argv, attempts, allowed in (
+            ((), 2, 3),
+            (("--retries", "2"), 3, 5),
+            (("--reset",), 0, None),
+        ):
+            self.queuectl("dlq", "retry", job_id, *argv)
+            self.assertEqual(
+                self.sql("SELECT attempts, attempts_max FROM jobs"),
+                [(attempts, allowed)],
+            )
+            self.assertEqual(self.sql("SELECT COUNT(*) FROM dlq"), [(0,)])
+            self.queuectl("dlq", "retry", job_id, "absent", status=1)
+            self.assertIn(f"job {job_id} is pending: only dead jobs", self.errors)
+            self.drain()
+            self.assert_state(job_id, State.DEAD)
+            self.assertEqual(self.sql("SELECT COUNT(*) FROM dlq"), [(1,)])
+        self.assertEqual(self.sql("SELECT runs FROM jobs"), [(7,)])
+
+    def test_settings_are_stored_checked_and_listed_with_their_source(self) -> None:
+        self.assertEqual(self.queuectl("config", "get", "backoff_base"), "2\n")
+        self.queuectl("config", "set", "backoff_base", "3")
+        self.assertEqual(self.queuectl("config", "get", "backoff_base"), "3\n")
+        self.queuectl("config", "set", "backoff_base", "x", status=2)
+        self.queuectl("config", "set", "schema_version", "9/9", status=2)
+        self.queuectl("config", "set", "backoff_base", "4", QUEUECTL_BACKOFF_BASE="7")
+        self.assertIn(
+            "QUEUECTL_BACKOFF_BASE=7 (environment) hides it here", self.errors
+        )
+        self.assertEqual(
+            self.queuectl("config", "get", "backoff_base", QUEUECTL_BACKOFF_BASE="7"),
+            "7\n",
+        )
+        listed = [
+            json.loads(line)
+            for line in self.queuectl("config", "list", "--json").splitlines()
+        ]
+        self.assertEqual([one["key"] for one in listed], list(queuectl.KNOBS))
+        self.assertEqual(
+            {"key": "backoff_base", "value": 4.0, "source": "config", "default": "2"},
+            {**listed[0], "help": None}
+            and {name: listed[0][name] for name in listed[0] if name != "help"},
+        )
+        self.queuectl("config", "unset", "backoff_base")
+        with open(self.path(".env"), "w") as file:
+            file.write("QUEUECTL_BACKOFF_BASE=5\n")
+        self.assertIn("│ 5     │ ./.env", self.queuectl("config", "list"))
+
+    def test_the_status_counts_and_warns(self) -> None:
+        self.put_many(2, "true", queue="gpu")
+        lines = self.queuectl("status").splitlines()
+        self.assertRegex(lines[0], r"^database: queuectl at \S+ \(from environment\)$")
+        self.assertEqual(lines[1], "Job counts by state:")
+        self.assertIn("│ pending    │ 2     │", lines)
+        self.assertIn("No worker PID file at ./workers.pid", lines)
+        self.assertIn(
+            "jobs wait in queue gpu, and no live worker serves it", self.errors
+        )
+        found = json.loads(self.queuectl("status", "--json"))
+        self.assertEqual(
+            list(found), ["database", "states", "capped", "queues", "workers", "daemon"]
+        )
+        self.assertEqual(found["states"]["pending"], 2)
+        self.assertEqual(
+            found["daemon"], {"pid_file": "./workers.pid", "pid": None, "alive": False}
+        )
+
 
 if __name__ == "__main__":
     unittest.main()
