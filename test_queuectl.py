@@ -2457,8 +2457,8 @@ class CommandsTest(WorkCase):
             list(found),
             (
                 "id command queue state priority attempts max_retries timeout "
-                "next_run_at created_at started_at finished_at duration exit_code reason "
-                "worker cwd env after output history"
+                "next_run_at created_at started_at finished_at duration exit_code "
+                "reason worker cwd env after output history"
             ).split(),
         )
         self.assertEqual(
