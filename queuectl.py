@@ -1125,10 +1125,15 @@ class Database:
                           status=UNAVAILABLE) from None
 
     def _prepare(self, cursor: Cursor) -> bool:
-        """Set up the session; whether this server takes writes."""
-        lock_wait = max(1, min(10, int(self.policy.timeout_s) - 1))
-        cursor.execute("SET SESSION sql_mode = 'STRICT_ALL_TABLES', time_zone = "
-                       f"'+00:00', innodb_lock_wait_timeout = {lock_wait}")
+        """Set up the session; whether this server takes writes.
+
+        A session that a partition left behind, with its locks, must not last.
+        """
+        lock_wait_s = max(1, min(10, int(self.policy.timeout_s) - 1))
+        cursor.execute("SET SESSION sql_mode = 'STRICT_ALL_TABLES', "
+                       "time_zone = '+00:00', "
+                       f"innodb_lock_wait_timeout = {lock_wait_s}, "
+                       f"wait_timeout = {int(4 * self.policy.timeout_s)}")
         level = "READ COMMITTED" if self.read_committed else "REPEATABLE READ"
         cursor.execute(f"SET SESSION TRANSACTION ISOLATION LEVEL {level}")
         cursor.execute("SELECT VERSION(), @@max_allowed_packet, @@read_only")

@@ -1595,6 +1595,45 @@ class LostAnswers(WorkCase):
         self.environment["DB_SOCKET"] = self.server.socket
 
 
+class ForgettingProxy(Proxy):
+    """A door that loses a COMMIT and its client, of which the server never learns."""
+
+    def __init__(self, to: str) -> None:
+        self.closed = threading.Event()
+        super().__init__(to)
+
+    def close(self) -> None:
+        self.closed.set()
+        super().close()
+
+    def _lose(self, data: bytes, client: socket.socket, server: socket.socket) -> bool:
+        if not (self.faults and self.faults.pop(0)):
+            return False
+        client.shutdown(socket.SHUT_RDWR)
+        self.closed.wait()
+        return True
+
+
+class ForgottenSessions(WorkCase):
+    """A partition leaves a session behind whose locks the server would keep for hours."""
+
+    def test_a_session_that_the_server_takes_for_alive_stops_the_queue_for_seconds(
+            self) -> None:
+        proxy = ForgettingProxy(self.server.socket)
+        self.addCleanup(proxy.close)
+        del self.environment["DB_SOCKET"]
+        self.environment.update(DB_HOST="127.0.0.1", DB_PORT=str(proxy.port),
+                                DB_SSL_MODE="disabled")
+        self.put_many(12, "sleep 0.1; echo $QUEUECTL_JOB_ID >> ran")
+        proxy.faults = ["", "", "", "lost"]
+        drain = self.start("worker", "start", "--drain", "--count", "2")
+        self.wait_until(lambda: drain.process.poll() is not None, "it has drained", 20)
+        self.assertEqual((drain.process.returncode, proxy.faults), (0, []), drain.said())
+        ran = self.lines("ran")
+        self.assertEqual((len(ran), len(set(ran))), (12, 12))
+        self.assertEqual(self.counts(), {"completed": 12})
+
+
 class Running(WorkCase):
     """One shell command: its output, its time limit, its end."""
 
