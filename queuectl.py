@@ -2111,9 +2111,11 @@ class Desk:
             return [row[0] for row in cursor.fetchall()]
 
         def forget(cursor: Cursor) -> int:
-            cursor.execute("DELETE FROM workers "
+            # By id: a DELETE that scans would wait for every worker that is in a turn.
+            cursor.execute("SELECT id FROM workers "
                            "WHERE lost_at < UTC_TIMESTAMP(6) - INTERVAL 1 DAY")
-            return cursor.rowcount
+            return sum(cursor.execute("DELETE FROM workers WHERE id = %s", row)
+                       for row in cursor.fetchall())
 
         seen = self.database.read(beats)
         heartbeat_s = self.settings.heartbeat
@@ -2134,8 +2136,11 @@ class Desk:
         it has no live row; -1: whatever it is) and marks it lost.
         """
         def work(cursor: Cursor) -> int:
-            cursor.execute("SELECT beat FROM workers "
-                           "WHERE id <=> %s AND lost_at IS NULL FOR UPDATE", (worker,))
+            # A judged worker whose row is locked is in a turn: it is not dead.
+            judged = beat is not None and beat >= 0
+            skip = "SKIP LOCKED" if judged and self.database.skip_locked(cursor) else ""
+            cursor.execute("SELECT beat FROM workers WHERE id <=> %s "
+                           f"AND lost_at IS NULL FOR UPDATE {skip}", (worker,))
             row = cursor.fetchone()
             if (row is None) != (beat is None) and beat != -1:
                 return 0
