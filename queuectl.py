@@ -2120,22 +2120,27 @@ class Desk:
         seen = self.database.read(beats)
         heartbeat_s = self.settings.heartbeat
         lost = self._judge.observe(time.monotonic(), seen, heartbeat_s)
-        notes = [f"worker {worker} is lost, no beat for {say_duration(seen[worker][1])}"
-                 f"; {self.take_over(worker, beat)} runs taken over"
-                 for worker, beat in lost.items()]
-        for worker in self.database.read(strays):
-            taken = self.take_over(worker, None)
-            notes.append(f"worker {worker} has no live row; {taken} runs taken over")
+        notes = []
+        for worker, beat in lost.items():
+            taken = self.take_over(worker, beat)
+            if taken is not None:
+                silence = say_duration(seen[worker][1])
+                notes.append(f"worker {worker} is lost, no beat for {silence}; {taken} "
+                             "runs taken over")
+        for stray in self.database.read(strays):
+            taken = self.take_over(stray, None)
+            if taken:
+                notes.append(f"worker {stray} has no live row; {taken} runs taken over")
         self.database.read(forget)
         return notes
 
-    def take_over(self, worker: str | None, beat: int | None) -> int:
-        """End the runs of a lost worker as lost, and return how many there were.
+    def take_over(self, worker: str | None, beat: int | None) -> int | None:
+        """End the runs of a lost worker as lost: how many, or None if it is not lost.
 
         One transaction locks its row, checks that its beat still is `beat` (None: that
         it has no live row; -1: whatever it is) and marks it lost.
         """
-        def work(cursor: Cursor) -> int:
+        def work(cursor: Cursor) -> int | None:
             # A judged worker whose row is locked is in a turn: it is not dead.
             judged = beat is not None and beat >= 0
             skip = "SKIP LOCKED" if judged and self.database.skip_locked(cursor) else ""
@@ -2143,9 +2148,9 @@ class Desk:
                            f"AND lost_at IS NULL FOR UPDATE {skip}", (worker,))
             row = cursor.fetchone()
             if (row is None) != (beat is None) and beat != -1:
-                return 0
+                return None
             if row and beat not in (-1, int(row[0])):
-                return 0
+                return None
             cursor.execute("UPDATE workers SET lost_at = UTC_TIMESTAMP(6) "
                            "WHERE id <=> %s AND lost_at IS NULL", (worker,))
             cursor.execute(
@@ -3698,17 +3703,16 @@ class Supervisor:
 
     def _on_end(self, child: _Child, status: int) -> None:
         """A worker ended: told to, drained, or in a crash that we make good."""
-        if os.WIFEXITED(status) and (self.stopping or self.crew.drain
-                                     or os.WEXITSTATUS(status) == 1):
+        ended = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -1
+        if ended == 1 or (ended == 0 and (self.stopping or self.crew.drain)):
             # Told to, drained, or unable to go on: in each case this one is over.
-            self.status = max(self.status, os.WEXITSTATUS(status))
+            self.status = max(self.status, ended)
             child.spawn_at = math.inf
             if all(one.spawn_at == math.inf and not one.pid for one in self._children):
                 self.stopping = True
             return
         worker, opened, marks = child.ledger.read()
-        how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else \
-            f"exit status {os.WEXITSTATUS(status)}"
+        how = f"exit status {ended}" if ended >= 0 else f"signal {os.WTERMSIG(status)}"
         self.crew.say(f"worker process of {worker or 'an unknown worker'} ended: {how}")
         if self.stopping:
             end_marked(marks, self.crew.settings.kill_grace)
