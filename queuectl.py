@@ -1789,7 +1789,9 @@ class Desk:
 
     def _turn_without(self, ask: Ask, refused: RowRefused) -> Turn:
         """One bad row never blocks the rest: settle singly, it without its output."""
-        notes = [f"a result was refused by the database: {refused}"]
+        notes = []
+        if ask.ended:
+            notes.append(f"a result was refused by the database: {refused}")
         for held, end in ask.ended:
             try:
                 self._settle_alone(held, end)

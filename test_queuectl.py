@@ -1902,8 +1902,9 @@ class Steering(WorkCase):
             file.write("QUEUECTL_JOB_TIMEOUT=0.4\n")
         worker.signal(signal.SIGHUP)
         self.wait_until(lambda: "reading the settings" in worker.said(), "it has heard")
+        self.wait_beats(3)
         job = self.put("sleep 60", max_retries=0)
-        self.wait_state(job, State.DEAD, 5)
+        self.wait_state(job, State.DEAD, 10)
         self.assertEqual(self.reasons(job), ["timeout"])
 
     def test_a_newer_schema_stops_a_running_worker_gracefully(self) -> None:
