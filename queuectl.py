@@ -1723,7 +1723,8 @@ class Desk:
         self.settings = Settings()
         self._use_skip_locked = use_skip_locked
         self._queues: list[str] = list(me.queues)
-        self._marked: list[int] = []
+        self._marked: list[int] = []  # what this turn has claimed
+        self._settled: dict[int, str] = {}  # and what it has settled: seq and token
         self._judge = Judge()
 
     # -- one turn
@@ -1734,7 +1735,7 @@ class Desk:
         try:
             alive, due_s, changes = self.database.transact(
                 lambda cursor: self._turn(cursor, ask, token),
-                lambda cursor: self._look_back(cursor, ask, token))
+                lambda cursor: self._look_back(cursor, token))
         except RowRefused as refused:
             return self._turn_without(ask, refused)
         if not alive:
@@ -1747,7 +1748,7 @@ class Desk:
         return Turn(True, jobs, look, due_s, changes, notes)
 
     def _turn(self, cursor: Cursor, ask: Ask, token: str) -> Settled:
-        self._marked = []
+        self._marked, self._settled = [], {}
         cursor.execute(
             """
             UPDATE workers
@@ -1768,13 +1769,12 @@ class Desk:
             self._claim(cursor, ask, token)
         return Settled(True, due_s, changes)
 
-    def _look_back(self, cursor: Cursor, ask: Ask, token: str) -> Settled | None:
+    def _look_back(self, cursor: Cursor, token: str) -> Settled | None:
         """Whether a turn whose COMMIT was not answered was carried out.
 
         Locking reads: a plain one was seen to miss a commit that came half a second on.
         """
-        ended = {held.seq: held.token for held, _ in ask.ended}
-        seqs = sorted({*self._marked, *ended})
+        seqs = sorted({*self._marked, *self._settled})
         if not seqs:
             return Settled(True)
         cursor.execute(
@@ -1784,12 +1784,14 @@ class Desk:
             """, seqs)
         found = {int(row[0]): row[1] for row in cursor.fetchall()}
         ours = any(found.get(seq) == token for seq in self._marked)
-        settled = any(found.get(seq) != held for seq, held in ended.items())
+        settled = any(found.get(seq) != held for seq, held in self._settled.items())
         return Settled(True, 0.0) if ours or settled else None
 
     def _turn_without(self, ask: Ask, refused: RowRefused) -> Turn:
         """One bad row never blocks the rest: settle singly, it without its output."""
         notes = []
+        if not (ask.ended or ask.flushes):
+            raise refused  # no result is to blame
         if ask.ended:
             notes.append(f"a result was refused by the database: {refused}")
         for held, end in ask.ended:
@@ -1823,6 +1825,7 @@ class Desk:
         cancelled = {(int(row[0]), row[1]): bool(row[2]) for row in cursor.fetchall()}
         changes = [self._decide(held, end, cancelled[held.seq, held.token])
                    for held, end in ended if (held.seq, held.token) in cancelled]
+        self._settled = {change.held.seq: change.held.token for change in changes}
         self._carry_out(cursor, changes)
         return changes
 
@@ -1848,7 +1851,13 @@ class Desk:
             "INSERT INTO dlq (seq, id, exit_code, reason, last_line) VALUES",
             [("(%s, %s, %s, %s, %s)",
               (held.seq, held.id, end.exit_code, end.reason, last_line(end)))
-             for held, end, verdict in changes if MOVES[verdict.move].to is State.DEAD])
+             for held, end, verdict in changes if MOVES[verdict.move].to is State.DEAD],
+            # A row is there already where somebody has revived the job by hand.
+            """
+            ON DUPLICATE KEY UPDATE seq = VALUES(seq), id = VALUES(id),
+                died_at = UTC_TIMESTAMP(6), exit_code = VALUES(exit_code),
+                reason = VALUES(reason), last_line = VALUES(last_line)
+            """)
 
     @staticmethod
     def _move_jobs(cursor: Cursor, group: Sequence[Change]) -> None:
@@ -2072,7 +2081,7 @@ class Desk:
         """Hand back rows under our name that we do not run: a read-back failed."""
         cursor.execute(
             f"SELECT {HELD_COLUMNS} FROM jobs FORCE INDEX (PRIMARY) "
-            f"WHERE seq IN ({placeholders(seqs)})", tuple(seqs))
+            f"WHERE worker = %s AND seq IN ({placeholders(seqs)})", (self.me.id, *seqs))
         held = [held_from(row, self.settings) for row in cursor.fetchall()]
         self.database.transact(lambda inner: len(self._settle(
             inner, [(one, End(Reason.HANDED_BACK)) for one in held])))
@@ -4869,6 +4878,9 @@ def main() -> int:
         if problem.hint:
             print(f"  {problem.hint}", file=sys.stderr)
         return problem.status
+    except RowRefused as refused:
+        print(f"queuectl: the server refused the data: {refused}", file=sys.stderr)
+        return CANNOT
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:

@@ -2654,6 +2654,19 @@ class CommandsTest(WorkCase):
             self.assertEqual(self.sql("SELECT COUNT(*) FROM dlq"), [(1,)])
         self.assertEqual(self.sql("SELECT runs FROM jobs"), [(7,)])
 
+    def test_a_job_that_was_revived_by_hand_dies_again_in_peace(self) -> None:
+        job_id = self.enqueue("exit 4", max_retries=0)
+        self.drain()
+        self.sql("UPDATE jobs SET state = 'pending' WHERE id = %s", job_id)
+        self.drain()
+        self.assertEqual(self.sql("SELECT state, runs FROM jobs"), [("dead", 2)])
+        self.assertEqual(self.sql("SELECT id, exit_code FROM dlq"), [(job_id, 4)])
+
+    def test_what_the_server_refuses_is_no_traceback(self) -> None:
+        codes = ",   ".join(str(code) for code in range(1, 256))
+        self.queuectl("config", "set", "permanent_exit_codes", codes, status=1)
+        self.assertIn("the server refused the data", self.errors)
+
     def test_settings_are_stored_checked_and_listed_with_their_source(self) -> None:
         self.assertEqual(self.queuectl("config", "get", "backoff_base"), "2\n")
         self.queuectl("config", "set", "backoff_base", "3")
