@@ -682,7 +682,7 @@ CREATE TABLE IF NOT EXISTS jobs (
   id                   VARCHAR(160) NOT NULL DEFAULT (UUID()),
   command              MEDIUMTEXT COLLATE utf8mb4_bin NOT NULL,
   queue                VARCHAR(80) NOT NULL DEFAULT 'default',
-  state                VARCHAR(10) NOT NULL DEFAULT 'pending',
+  state                VARCHAR(20) NOT NULL DEFAULT 'pending',
   priority             INT NOT NULL DEFAULT 0,
   claim_order          INT GENERATED ALWAYS AS (-priority) STORED,
   attempts             INT NOT NULL DEFAULT 0,
@@ -693,7 +693,7 @@ CREATE TABLE IF NOT EXISTS jobs (
   timeout              DOUBLE NULL,
   backoff_base         DOUBLE NULL,
   permanent_exit_codes VARCHAR(1024) NULL,
-  on_lost              VARCHAR(5) NULL,
+  on_lost              VARCHAR(20) NULL,
   cwd                  TEXT COLLATE utf8mb4_bin NULL,
   env                  MEDIUMTEXT COLLATE utf8mb4_bin NULL,
   on_failure           MEDIUMTEXT COLLATE utf8mb4_bin NULL,
@@ -721,7 +721,8 @@ CREATE TABLE IF NOT EXISTS jobs (
   KEY jobs_claim (state, queue, claim_order, seq),
   KEY jobs_due (state, next_run_at),
   CONSTRAINT jobs_state CHECK (state IN ('pending', 'processing', 'completed', 'failed',
-                                         'dead', 'scheduled', 'blocked', 'cancelled')),
+                                         'dead', 'scheduled', 'blocked', 'cancelled')
+                               AND state NOT REGEXP '[^a-z]'),
   CONSTRAINT jobs_id_form CHECK (LENGTH(id) <= 128 AND id REGEXP '^[A-Za-z0-9]'
                                  AND id NOT REGEXP '[^A-Za-z0-9._:@+-]'),
   CONSTRAINT jobs_queue_form CHECK (LENGTH(queue) <= 64 AND queue REGEXP '^[A-Za-z0-9]'
@@ -730,7 +731,8 @@ CREATE TABLE IF NOT EXISTS jobs (
   CONSTRAINT jobs_priority CHECK (priority BETWEEN -1000000 AND 1000000),
   CONSTRAINT jobs_max_retries CHECK (max_retries BETWEEN 0 AND 1000),
   CONSTRAINT jobs_timeout CHECK (timeout >= 0),
-  CONSTRAINT jobs_on_lost CHECK (on_lost IN ('retry', 'dead'))
+  CONSTRAINT jobs_on_lost CHECK (on_lost IN ('retry', 'dead')
+                                 AND on_lost NOT REGEXP '[^a-z]')
 ) ENGINE = InnoDB DEFAULT CHARACTER SET ascii COLLATE ascii_bin;
 
 -- Which job waits for which: needs is 'completed' or 'ended'.
