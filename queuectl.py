@@ -3875,6 +3875,9 @@ def stop_daemon(path: str, now: bool, timeout_s: float,
     if not standing.alive:
         _whisper(f"no worker daemon: the PID file {path} is stale (no daemon holds it)")
         return 0
+    if not standing.pid:
+        raise Problem(f"the PID file {path} is held, but names no process",
+                      "its daemon may be starting; look again: queuectl status")
     with contextlib.suppress(ProcessLookupError), pinned(standing.pid) as handle:
         if probe_pid_file(path) != standing:
             raise Problem(f"the PID file {path} has just changed hands",
