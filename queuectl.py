@@ -3959,7 +3959,8 @@ class PrivateServer:
 
     def start(self) -> bool:
         """Have it run, with its data made if need be; False if it ran already."""
-        os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        os.makedirs(self.folder, exist_ok=True)
+        os.chmod(self.folder, 0o700)  # the only lock: root has no password here
         with open(os.path.join(self.folder, "lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self.running():
