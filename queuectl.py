@@ -847,14 +847,15 @@ class Trouble(enum.Enum):
 
 
 CODES = {
-    Trouble.REPEAT: {1205, 1213, 1020, 1180, 3101, 3572},
+    Trouble.REPEAT: {1205, 1213, 1020, 1180, 1969, 3024, 3101, 3572},
     Trouble.RECONNECT: {0, 2002, 2003, 2006, 2013, 2055, 1053, 1079, 1152, 1158, 1159,
                         1160, 1161, 1184, 1317, 1927, 4031},
     Trouble.READ_ONLY: {1290, 1792, 1836, 3032, 1047},
     Trouble.CROWDED: {1040, 1203, 1226},
     Trouble.FULL: {1021, 1114, 1037, 1038, 1041, 3675},
     Trouble.ROW: {1062, 1153, 1264, 1265, 1366, 1406, 3140, 3819, 4025},
-    Trouble.SETUP: {1044, 1045, 1049, 1054, 1142, 1143, 1146, 1698, 2026, 2059, 3159},
+    Trouble.SETUP: {1044, 1045, 1049, 1054, 1129, 1130, 1142, 1143, 1146, 1698, 1862,
+                    2026, 2059, 3118, 3159},
 }
 TROUBLE_OF = {code: trouble for trouble, codes in CODES.items() for code in codes}
 BINLOG_NEEDS_REPEATABLE_READ = 1665
@@ -1255,7 +1256,7 @@ def insert_rows(cursor: Cursor, packet_bytes: int, head: str,
     parts: list[str] = []
     for template, arguments in rows:
         part = cursor.mogrify(template, tuple(arguments))
-        length = 4 * len(part) if not part.isascii() else len(part)
+        length = len(part.encode("utf-8", "surrogateescape"))
         if length > packet_bytes - 4096:  # sent, it would look like an outage
             raise _driver().OperationalError(1153, f"a row of {length} bytes")
         if parts and (size + length > limit or len(parts) >= 1000):
