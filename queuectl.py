@@ -426,13 +426,16 @@ def find_target(environment: Environment) -> Target:
             break
     if not account and source == PRIVATE_FOLDER:
         account, account_source = {"DB_USER": "root"}, PRIVATE_FOLDER
+    try:
+        user = account.get("DB_USER") or getpass.getuser()
+    except (KeyError, OSError):
+        raise Problem("this user id has no login name", "set DB_USER", USAGE) from None
     mode = environment.get("DB_SSL_MODE").lower()
     if mode not in SSL_MODES:
         raise Problem(f"DB_SSL_MODE: expected {', '.join(SSL_MODES)}, not "
                       f"{excerpt(mode)}", nearest(mode, SSL_MODES), USAGE)
-    return Target(hosts, sock, account.get("DB_USER") or getpass.getuser(),
-                  _password(account), environment.get("DB_NAME"), mode,
-                  environment.get("DB_SSL_CA"), source, account_source)
+    return Target(hosts, sock, user, _password(account), environment.get("DB_NAME"),
+                  mode, environment.get("DB_SSL_CA"), source, account_source)
 
 
 def _password(account: Mapping[str, str]) -> str:
@@ -969,13 +972,14 @@ class Database:
 
     def _insist(self, work: Callable[[Cursor], T],
                 verify: Callable[[Cursor], T | None] | None) -> T:
-        started, tries, unsure, sent = time.monotonic(), 0, False, False
+        failing_since, tries, unsure, sent = 0.0, 0, False, False
         while True:
             try:
                 cursor = self._cursor()
                 if unsure and verify:
                     found = self._in_transaction(cursor, verify)
                     if found is not None:
+                        self._came_back()
                         return found
                     unsure = False
                 sent = True
@@ -990,7 +994,11 @@ class Database:
                 unsure = unsure or (trouble is Trouble.RECONNECT
                                     and hasattr(error, "at_commit"))
                 tries += 1
-                self._bear(trouble, error, started, tries, sent)
+                failing_since = failing_since or time.monotonic()
+                self._bear(trouble, error, failing_since, tries, sent)
+            except Exception:
+                self.close()  # the next BEGIN would commit what `work` left half done
+                raise
 
     def _recover(self, trouble: Trouble, code: int) -> None:
         """Leave no half-open transaction behind."""
@@ -1006,7 +1014,7 @@ class Database:
                 pass  # the connection died too: it is thrown away below
         self.close()
 
-    def _bear(self, trouble: Trouble, error: Exception, started: float,
+    def _bear(self, trouble: Trouble, error: Exception, since: float,
               tries: int, sent: bool) -> None:
         """Pause before the next try, or raise what a person should read."""
         if trouble is Trouble.BUG:
@@ -1016,7 +1024,7 @@ class Database:
         hopeless = trouble is Trouble.SETUP or (
             self.target.source in ("default", PRIVATE_FOLDER) and _refused(error))
         forever = math.isinf(self.policy.patience_s)
-        waited = time.monotonic() - started
+        waited = time.monotonic() - since
         if (hopeless and not forever) or self.policy.give_up.is_set():
             raise problem
         longest = 0.5 if trouble is Trouble.REPEAT else LONGEST_PAUSE_S
@@ -1186,7 +1194,12 @@ def driver_version() -> str:
 
 def diagnose(error: Exception) -> tuple[Trouble, int]:
     """The class of a PyMySQL error, and its code."""
+    import ssl
+
     code = error.args[0] if error.args and isinstance(error.args[0], int) else -1
+    origin = getattr(error, "original_exception", None)
+    if isinstance(origin, ssl.SSLCertVerificationError):  # PyMySQL says 2003: away
+        return Trouble.SETUP, 2026
     if code == BINLOG_NEEDS_REPEATABLE_READ:
         return Trouble.RECONNECT, code
     if code == -1 and "Packet sequence" in str(error):
@@ -1363,7 +1376,10 @@ def _read_time(text: str) -> str:
 
 def _read_env(text: str) -> str:
     """Canonical JSON of an object of strings."""
-    found = json.loads(text)
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError(text) from None
     for name, value in found.items() if isinstance(found, dict) else [("", None)]:
         if not isinstance(value, str) or not re.fullmatch(r"[^=\0]+", name):
             raise ValueError(text)
@@ -1706,7 +1722,7 @@ def held_from(row: Row, settings: Settings) -> Held:
         with contextlib.suppress(ValueError):
             permanent = read_codes(str(codes))
     return Held(
-        int(str(seq)), str(job_id), str(token), int(str(run)), int(str(attempts)),
+        int(str(seq)), str(job_id), str(token or ""), int(str(run)), int(str(attempts)),
         int(str(retries)) + 1 if allowed is None else int(str(allowed)),
         int(str(losses)),
         settings.backoff_base if base is None else max(1.0, float(str(base))),
@@ -1883,7 +1899,8 @@ class Desk:
                    losses = %(losses)s,
                    exit_code = %(exit_code)s, reason = %(reason)s,
                    token = NULL, cancel_requested_at = NULL
-             WHERE state = 'processing' AND seq IN %(seqs)s AND token IN %(tokens)s
+             WHERE state = 'processing' AND seq IN %(seqs)s
+               AND COALESCE(token, '') IN %(tokens)s
             """,
             {"to": to, "wait": round(verdict.wait_s * 1e6), "grant": verdict.grant,
              "losses": verdict.losses, "exit_code": end.exit_code, "reason": end.reason,
@@ -2566,17 +2583,30 @@ class Office:
     def _on_one(self, job_id: str,
                 act: Callable[[Cursor, int, State], Result]) -> Result:
         """Lock one job, and do what its state allows."""
-        def work(cursor: Cursor) -> Result:
+        nothing = Result(job_id, False, None, no_such_job(job_id).what)
+        made: list[Result] = []
+
+        def locked(cursor: Cursor) -> tuple[int, State] | None:
             cursor.execute("SELECT seq, state FROM jobs WHERE id = %s FOR UPDATE",
                            (job_id,))
             row = cursor.fetchone()
-            if not row:
-                return Result(job_id, False, None, no_such_job(job_id).what)
-            return act(cursor, int(row[0]), State(row[1]))
+            return (int(row[0]), State(row[1])) if row else None
+
+        def work(cursor: Cursor) -> Result:
+            found = locked(cursor)
+            made.append(act(cursor, *found) if found else nothing)
+            return made[-1]
+
+        def verify(cursor: Cursor) -> Result | None:
+            """What was made of it stands: it is so, or (revived) was claimed since."""
+            found, result = locked(cursor), made[-1]
+            stands = found and (found[1] == result.state or (
+                result.state == State.PENDING and found[1] is not State.DEAD))
+            return result if result.ok and stands else None
 
         if not JOB_ID_FORM.fullmatch(job_id):
-            return Result(job_id, False, None, no_such_job(job_id).what)
-        return self.database.transact(work)
+            return nothing
+        return self.database.transact(work, verify)
 
     def set_config(self, key: str, value: str | None) -> None:
         """Store one setting; None removes it."""
@@ -2602,7 +2632,7 @@ def no_such_job(job_id: str) -> Problem:
 
 
 def _env_of(text: str | None) -> dict[str, str]:
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         found = json.loads(text or "{}")
         if isinstance(found, dict):
             return {str(name): str(value) for name, value in found.items()}
@@ -2848,8 +2878,8 @@ class Process:
             return Reason.SIGNAL, code, f"ended by {_signal_name(ended_by)}"
         if code in (126, 127):
             return Reason.EXIT, code, (
-                f"in {self.job.cwd or _here()} on {socket.gethostname()}, "
-                f"PATH={os.environ.get('PATH', '')}")
+                f"in {excerpt(self.job.cwd or _here(), 200)} "
+                f"on {socket.gethostname()}, PATH={os.environ.get('PATH', '')}")
         return Reason.EXIT, code, ""
 
 
@@ -2946,6 +2976,8 @@ def _signal_strays(mark: str, session: int, number: int) -> tuple[int, int]:
                 try:
                     if number and handle >= 0:
                         signal.pidfd_send_signal(handle, number)
+                    elif number:
+                        os.kill(pid, number)
                 except PermissionError:
                     left, refused = left - 1, pid
     return left, refused
@@ -2979,6 +3011,19 @@ def send(pid: int, number: int, handle: int = -1) -> None:
     except PermissionError:
         raise Problem(f"process {pid} belongs to another user",
                       "try again as that user or as root") from None
+
+
+def holds(pid: int, path: str) -> bool:
+    """Whether a process has this file open; True where that cannot be seen."""
+    try:
+        wanted, handles = os.stat(path), os.listdir(f"/proc/{pid}/fd")
+    except OSError:
+        return True
+    for name in handles:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(f"/proc/{pid}/fd/{name}"), wanted):
+                return True
+    return False
 
 
 def is_alive(pid: int) -> bool:
@@ -3342,12 +3387,15 @@ class Worker:
         except Problem as problem:
             if not self.stopping:
                 self.crew.say(f"{problem.what}; stopping")
+                self.status = 1  # not to be replaced by another like this one
                 self._stop()
             return
         if configured.settings != self.settings:
             for complaint in configured.complaints:
                 self.crew.say(complaint)
             self.settings = self._desk.settings = configured.settings
+            for process in self.processes.values():
+                process.settings = configured.settings  # one kill_grace for all of us
         if look.drained and not self.processes and not self.ended:
             self._stop()
 
@@ -3539,7 +3587,8 @@ class Log:
         line = f"{say_time(now.replace(tzinfo=None))} [{os.getpid()}] {text}\n"
         with contextlib.suppress(OSError):  # a full disk must not end the work
             if self.path:
-                self._turn_over()
+                with contextlib.suppress(OSError):  # then it goes into the old file
+                    self._turn_over()
             os.write(2, line.encode("utf-8", "replace"))
 
     def _open(self) -> None:
@@ -3644,6 +3693,7 @@ class Supervisor:
         self.status = 0
         self._held = held  # descriptors that only the supervisor may have
         self._kill_at = math.inf
+        self._on_terminal = _has_terminal()  # asked now: it is gone when it hangs up
         processes = min(count, os.cpu_count() or 1)
         shares = [len(range(at, count, processes)) for at in range(processes)]
         self._children = [_Child(slots, Ledger(slots)) for slots in shares]
@@ -3671,6 +3721,7 @@ class Supervisor:
                     announce()
             self._reap()
             if time.monotonic() >= self._kill_at:
+                self._kill_at = math.inf
                 self._signal(signal.SIGKILL)
             if not any(child.pid for child in self._children) and self.stopping:
                 return 128 + self.stop_signal if self.stop_signal else self.status
@@ -3684,7 +3735,11 @@ class Supervisor:
     def _fork(self, child: _Child) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
         supervisor = os.getpid()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            self.crew.say(f"cannot start a worker process: {error.strerror}")
+            pid, child.spawn_at = -1, time.monotonic() + 1.0
         if not pid:
             status = 70
             try:
@@ -3700,7 +3755,8 @@ class Supervisor:
             finally:
                 os._exit(status)  # a child never returns into its parent's stack
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
-        child.pid, child.started = pid, time.monotonic()
+        if pid > 0:
+            child.pid, child.started = pid, time.monotonic()
 
     def _pause(self) -> float | None:
         times = [child.spawn_at for child in self._children
@@ -3742,7 +3798,7 @@ class Supervisor:
         child.pause_s = min(2 * child.pause_s, RESPAWN_PAUSE_MAX_S)
 
     def _obey(self, number: int) -> None:
-        if number == signal.SIGHUP and not _has_terminal():
+        if number == signal.SIGHUP and not self._on_terminal:
             self.crew.say("SIGHUP: reading the settings again")
             self._signal(signal.SIGHUP)
         elif number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
@@ -3803,7 +3859,8 @@ def _serve(crew: Crew, start: Launch, held: int, report: Callable[[], None]) -> 
         return Supervisor(crew, start.count, [held] if held >= 0 else []).run(announce)
     finally:
         crew.say("stopped")
-        if held >= 0:
+        # Somebody may have removed it, and another daemon have made its own.
+        if held >= 0 and _same_file(held, start.pid_file):
             with contextlib.suppress(OSError):
                 os.unlink(start.pid_file)
 
@@ -3847,7 +3904,8 @@ def _daemonize(crew: Crew, start: Launch, held: int) -> int:
 
 
 def _tell(handle: int) -> None:
-    os.write(handle, b"+")
+    with contextlib.suppress(BrokenPipeError):  # whoever started us did not wait
+        os.write(handle, b"+")
     os.close(handle)
 
 
@@ -3883,6 +3941,10 @@ def stop_daemon(path: str, now: bool, timeout_s: float,
         if probe_pid_file(path) != standing:
             raise Problem(f"the PID file {path} has just changed hands",
                           "look again: queuectl status")
+        if not holds(standing.pid, path):
+            raise Problem(f"the PID file {path} names process {standing.pid}, which is "
+                          "not the one that holds it: nothing was signalled",
+                          "stop the daemon in the container or on the host it runs in")
         for number in [signal.SIGTERM] + [signal.SIGINT] * now:
             send(standing.pid, number, handle)
         return _await_end(path, standing, timeout_s, waits_for)
@@ -4403,11 +4465,15 @@ def worker_start(args: argparse.Namespace) -> int:
         say(f"queuectl: warning: {complaint}")
     crew = Crew(target, environment, configured.settings, queues, args.drain,
                 args.grace, sys.stderr.isatty(), Log().say)
-    pid_file = args.pid_file or (environment.get("PID_FILE") if args.daemon else "")
+    pid_file = args.pid_file or (_pid_file(environment) if args.daemon else "")
     log_file = args.log_file or os.path.join(os.path.dirname(pid_file), "workers.log")
     return launch(crew, Launch(args.count, args.daemon,
                                os.path.abspath(pid_file) if pid_file else "",
                                os.path.abspath(log_file)))
+
+
+def _pid_file(environment: Environment) -> str:
+    return environment.get("PID_FILE") or VARIABLES["PID_FILE"].default
 
 
 def _readable_dotenv(environment: Environment) -> list[str]:
@@ -4439,7 +4505,7 @@ def worker_stop(args: argparse.Namespace) -> int:
             return f", waiting for {', '.join(ids[:5])}{more}" if ids else ""
         return ""
 
-    path = args.pid_file or environment.get("PID_FILE")
+    path = args.pid_file or _pid_file(environment)
     return stop_daemon(path, args.now, args.timeout, waits_for)
 
 
@@ -4481,7 +4547,7 @@ def _names(row: Mapping[str, Json]) -> list[str]:
 def status(args: argparse.Namespace) -> None:
     """Count jobs by state, and show the daemon, queues and workers."""
     environment = Environment.read()
-    path = args.pid_file or environment.get("PID_FILE")
+    path = args.pid_file or _pid_file(environment)
     with office() as desk:
         while True:
             if args.watch and sys.stdout.isatty() and not args.json:
@@ -4867,9 +4933,9 @@ def run(argv: Sequence[str]) -> int:
             f"Python {sys.version.split()[0]}")
         return 0
     found, left = find_command(words)
-    args = parser_of(found).parse_intermixed_args(left)
-    if rest and found.name != "enqueue":
-        args = parser_of(found).parse_intermixed_args([*left, *rest])
+    # Only enqueue takes a program after --; elsewhere it ends the options.
+    words = left if found.name == "enqueue" else [*left, *rest]
+    args = parser_of(found).parse_intermixed_args(words)
     args.rest = rest
     return found.body(args) or 0
 

@@ -2249,6 +2249,22 @@ class Daemon(WorkCase):
         self.queuectl("worker", "stop")
         self.wait_gone(pid)
 
+    def test_a_stranger_named_by_a_pid_file_that_another_holds_is_not_signalled(
+        self,
+    ) -> None:
+        stranger = subprocess.Popen(["sleep", "60"])
+        self.addCleanup(stranger.wait)
+        self.addCleanup(stranger.kill)
+        cases = ((stranger.pid, "nothing was signalled"), (0, "no process"))
+        for number, message in cases:
+            with open(self.path("workers.pid"), "w") as file:
+                file.write(f"{number}\n")
+                file.flush()
+                fcntl.flock(file, fcntl.LOCK_EX)
+                self.queuectl("worker", "stop", status=1)
+            self.assertIn(message, self.errors)
+        self.assertIsNone(stranger.poll())
+
     def test_a_stranger_named_by_a_stale_pid_file_is_not_signalled(self) -> None:
         stranger = subprocess.Popen(["sleep", "60"])
         self.addCleanup(stranger.wait)
@@ -2592,6 +2608,33 @@ class CommandsTest(WorkCase):
         )
         self.assertTrue(table.isascii())
         self.assertIn("| echo ??", table)
+
+    def test_cancel_and_retry_of_a_dead_letter_survive_a_lost_answer(self) -> None:
+        self.put("true", state="dead")
+        self.sql("INSERT INTO dlq (seq, id) SELECT seq, id FROM jobs")
+        [(job_id,)] = self.sql("SELECT id FROM jobs")
+        for verb, state in ((("dlq", "retry"), "pending"), (("cancel",), "cancelled")):
+            proxy = CuttingProxy(self.server.socket, b"\x03COMMIT", True)
+            self.addCleanup(proxy.close)
+            self.queuectl(
+                *verb,
+                "--",
+                str(job_id),
+                DB_SOCKET="",
+                DB_HOST="127.0.0.1",
+                DB_PORT=str(proxy.port),
+                DB_SSL_MODE="disabled",
+            )
+            self.assertEqual((proxy.cuts, self.state(str(job_id))), (1, state))
+
+    def test_what_was_put_in_by_hand_stops_no_worker(self) -> None:
+        nested = self.put("true", env="[" * 100000, max_retries=0)
+        held = self.put("true", state="processing", max_retries=0)
+        worker = self.worker()
+        self.wait_state(nested, State.DEAD)
+        self.wait_state(held, State.COMPLETED)
+        self.assertEqual(self.show(nested)["reason"], "spawn")
+        self.assertNotIn("Traceback", worker.said())
 
     def test_cancel_ends_what_waits_and_says_why_it_cannot_end_the_rest(self) -> None:
         for state in ("pending", "scheduled", "failed", "blocked", "completed", "dead"):
