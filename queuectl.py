@@ -33,12 +33,10 @@ import datetime
 import enum
 import errno
 import fcntl
-import functools
 import itertools
 import json
 import math
 import os
-import queue
 import random
 import re
 import secrets
@@ -99,7 +97,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
     """A hint naming the likely word, or an empty one."""
     import difflib
 
-    found = difflib.get_close_matches(word, list(words), 1)
+    found = difflib.get_close_matches(word, words, 1)
     return f"did you mean {found[0]}?" if found else ""
 
 
@@ -109,8 +107,9 @@ def nearest(word: str, words: Iterable[str]) -> str:
 # --help, .env.example, README and the checks read this table. The environment (and
 # .env, below it) beats the config table, which beats the default.
 
-UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 TEN_YEARS_S = 10 * 366 * 86400
+Value = TypeVar("Value", covariant=True)  # a Kind[int] is a Kind[object]
 
 
 def parse_duration(text: str) -> float:
@@ -126,35 +125,35 @@ def parse_duration(text: str) -> float:
 def say_duration(seconds: float) -> str:
     """A duration for people: `0.2 s`, `41 s`, `2 m 30 s`, `3 h 5 m`, `2 d 1 h`."""
     if seconds < 60:
-        return f"{seconds:.{int(seconds < 10 and seconds % 1 > 0)}f} s"
-    unit, below = ("d", "h") if seconds >= 86400 else \
-        ("h", "m") if seconds >= 3600 else ("m", "s")
+        digits = 1 if seconds < 10 and seconds % 1 else 0
+        return f"{seconds:.{digits}f} s"
+    pairs = (("d", "h"), ("h", "m"), ("m", "s"))
+    unit, below = next(pair for pair in pairs if seconds >= UNITS_S[pair[0]])
     amount, rest = divmod(int(seconds), UNITS_S[unit])
     rest //= UNITS_S[below]
     return f"{amount} {unit}" + (f" {rest} {below}" if rest else "")
 
 
 @dataclass(frozen=True)
-class Kind(Generic[T]):
+class Kind(Generic[Value]):
     """One kind of value: how its text is read, and the words for what is expected."""
 
-    convert: Callable[[str], T]
+    convert: Callable[[str], Value]
     expects: str
     json_types: tuple[type, ...] = (str,)
 
-    def read(self, text: str, name: str) -> T:
+    def read(self, value: object, name: str, types: tuple[type, ...] = (str,)) -> Value:
         try:
-            return self.convert(text)
+            if isinstance(value, bool) or not isinstance(value, types):
+                raise ValueError(value)
+            return self.convert(value if isinstance(value, str) else json.dumps(value))
         except (ValueError, OverflowError):
-            raise Problem(f"{name}: expected {self.expects}, not {excerpt(text)}",
+            raise Problem(f"{name}: expected {self.expects}, not {excerpt(value)}",
                           status=USAGE) from None
 
-    def read_json(self, value: object, name: str) -> T:
+    def read_json(self, value: object, name: str) -> Value:
         """The value of a JSON document, whose type must be right too."""
-        if isinstance(value, bool) or not isinstance(value, self.json_types):
-            raise Problem(f"{name}: expected {self.expects}, not {excerpt(value)}",
-                          status=USAGE)
-        return self.read(value if isinstance(value, str) else json.dumps(value), name)
+        return self.read(value, name, self.json_types)
 
 
 def bounded(value: T, low: float, high: float) -> T:
@@ -249,12 +248,11 @@ def variable_of(key: str) -> str:
 
 
 class Variable(NamedTuple):
-    """A variable that only the environment and .env may set."""
-
     default: str
     help: str
 
 
+# What only the environment and .env may set.
 VARIABLES = {
     "DB_HOST": Variable("127.0.0.1", "server, or several with commas, each with an "
                         "optional :port; the first that takes writes is used"),
@@ -279,33 +277,33 @@ def read_dotenv(path: str) -> dict[str, str]:
     """The variables of a .env file, parsed, never executed; none without a file."""
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            lines = file.read().split("\n")
+            lines = file.readlines()
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
-        raise Problem(f"cannot read {path}: {error.strerror}",
-                      status=UNAVAILABLE) from None
+        what = f"cannot read {path}: {error.strerror}"
+        raise Problem(what, status=UNAVAILABLE) from None
     found = {}
     for position, line in enumerate(lines, 1):
-        line = line.strip().lstrip("\ufeff")
+        line, where = line.strip().lstrip("\ufeff"), f"{path}, line {position}"
         if not line or line.startswith("#"):
             continue
         match = re.fullmatch(r"(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(.*)", line)
         if not match:
-            raise Problem(f"{path}, line {position}: expected NAME=VALUE", status=USAGE)
-        found[match[1]] = _dotenv_value(match[2], f"{path}, line {position}")
+            raise Problem(f"{where}: expected NAME=VALUE", status=USAGE)
+        found[match[1]] = _dotenv_value(match[2], where)
     return found
 
 
 def _dotenv_value(text: str, where: str) -> str:
-    if text[:1] in ("'", '"'):
-        match = re.fullmatch(r"""(?:'([^']*)'|"((?:[^"\\]|\\.)*)")\s*(?:#.*)?""", text)
-        if not match:
-            raise Problem(f"{where}: a quote is not closed", status=USAGE)
-        if match[1] is not None:
-            return match[1]
-        return re.sub(r"\\(.)", lambda m: {"n": "\n"}.get(m[1], m[1]), match[2])
-    return re.sub(r"(^|\s+)#.*", "", text)
+    if text[:1] not in ("'", '"'):
+        return re.sub(r"(^|\s+)#.*", "", text)
+    match = re.fullmatch(r"""(?:'([^']*)'|"((?:[^"\\]|\\.)*)")\s*(?:#.*)?""", text)
+    if not match:
+        raise Problem(f"{where}: a quote is not closed", status=USAGE)
+    if match[1] is not None:
+        return match[1]
+    return re.sub(r"\\(.)", lambda m: {"n": "\n"}.get(m[1], m[1]), match[2])
 
 
 @dataclass(frozen=True)
@@ -324,11 +322,9 @@ class Environment:
         return cls((("environment", dict(os.environ)), *files))
 
     def find(self, name: str) -> tuple[str, str] | None:
-        """The value and the source of the first layer that sets `name`."""
-        for source, variables in self.layers:
-            if name in variables:
-                return variables[name], source
-        return None
+        """Its value and the source, from the first layer that sets it."""
+        return next(((variables[name], source) for source, variables in self.layers
+                     if name in variables), None)
 
     def get(self, name: str) -> str:
         found = self.find(name)
@@ -368,12 +364,13 @@ def configure(environment: Environment, table: Mapping[str, str]) -> Configured:
     return Configured(settings, origins, complaints)
 
 
-Hosts = Tuple[Tuple[str, int], ...]
-PORT = whole(1, 65535)
 SSL_MODES = ("disabled", "preferred", "required", "verify_ca", "verify_identity")
 LOCAL_SOCKETS = ("/run/mysqld/mysqld.sock", "/var/run/mysqld/mysqld.sock",
                  "/var/lib/mysql/mysql.sock", "/tmp/mysql.sock")
 PRIVATE_FOLDER = ".queuectl"
+PORT = whole(1, 65535)
+ACCOUNT = {"DB_USER", "DB_PASSWORD", "DB_PASSWORD_FILE"}
+Hosts = Tuple[Tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -405,10 +402,9 @@ def private_socket(folder: str) -> str:
 def find_private_folder() -> str:
     """The private server's folder, here or beside the script; empty without one."""
     beside = os.path.dirname(os.path.realpath(__file__))
-    for folder in (PRIVATE_FOLDER, os.path.join(beside, PRIVATE_FOLDER)):
-        if os.path.isdir(os.path.join(folder, "data")):
-            return folder
-    return ""
+    folders = (PRIVATE_FOLDER, os.path.join(beside, PRIVATE_FOLDER))
+    return next((folder for folder in folders
+                 if os.path.isdir(os.path.join(folder, "data"))), "")
 
 
 def find_target(environment: Environment) -> Target:
@@ -416,54 +412,35 @@ def find_target(environment: Environment) -> Target:
     import getpass
 
     hosts, sock, source = _find_address(environment)
-    account: dict[str, str] = {}
-    account_source = "default"
-    for name, variables in environment.layers:
-        account = {key: variables[key] for key in
-                   ("DB_USER", "DB_PASSWORD", "DB_PASSWORD_FILE") if key in variables}
-        if account:
-            account_source = name
-            break
-    if not account and source == PRIVATE_FOLDER:
-        account, account_source = {"DB_USER": "root"}, PRIVATE_FOLDER
+    layers = [*environment.layers]
+    if source == PRIVATE_FOLDER:
+        layers.append((PRIVATE_FOLDER, {"DB_USER": "root"}))
+    account_source, account = next(
+        (layer for layer in layers if ACCOUNT & layer[1].keys()), ("default", {}))
+    mode = environment.get("DB_SSL_MODE").lower()
+    if mode not in SSL_MODES:
+        raise Problem(f"DB_SSL_MODE: expected {', '.join(SSL_MODES)}, "
+                      f"not {excerpt(mode)}", nearest(mode, SSL_MODES), USAGE)
     try:
         user = account.get("DB_USER") or getpass.getuser()
     except (KeyError, OSError):
         raise Problem("this user id has no login name", "set DB_USER", USAGE) from None
-    mode = environment.get("DB_SSL_MODE").lower()
-    if mode not in SSL_MODES:
-        raise Problem(f"DB_SSL_MODE: expected {', '.join(SSL_MODES)}, not "
-                      f"{excerpt(mode)}", nearest(mode, SSL_MODES), USAGE)
     return Target(hosts, sock, user, _password(account), environment.get("DB_NAME"),
                   mode, environment.get("DB_SSL_CA"), source, account_source)
 
 
-def _password(account: Mapping[str, str]) -> str:
-    if "DB_PASSWORD" in account or not account.get("DB_PASSWORD_FILE"):
-        return account.get("DB_PASSWORD", "")
-    try:
-        with open(account["DB_PASSWORD_FILE"], encoding="utf-8") as file:
-            return file.readline().rstrip("\r\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Problem(f"DB_PASSWORD_FILE: cannot read {account['DB_PASSWORD_FILE']}: "
-                      f"{error}", status=UNAVAILABLE) from None
-
-
 def _find_address(environment: Environment) -> tuple[Hosts, str, str]:
     """(hosts, socket, source); the private server and the default come last."""
-    for name, variables in environment.layers:
-        said = {key: variables[key] for key in ("DB_HOST", "DB_PORT", "DB_SOCKET")
-                if variables.get(key)}
-        if not said:
-            continue
-        if "DB_SOCKET" in said:
-            return (), said["DB_SOCKET"], name
-        port = PORT.read(said.get("DB_PORT", "3306"), f"DB_PORT ({name})")
-        if said.get("DB_HOST") == "localhost" and "DB_PORT" not in said:
-            found = next((path for path in LOCAL_SOCKETS if os.path.exists(path)), "")
-            if found:
-                return (), found, name
-        return _hosts(said.get("DB_HOST", "127.0.0.1"), port), "", name
+    for source, variables in environment.layers:
+        host, port = variables.get("DB_HOST", ""), variables.get("DB_PORT", "")
+        sock = variables.get("DB_SOCKET", "")
+        if host == "localhost" and not port:
+            sock = sock or next(filter(os.path.exists, LOCAL_SOCKETS), "")
+        if sock:
+            return (), sock, source
+        if host or port:
+            default_port = PORT.read(port or "3306", f"DB_PORT ({source})")
+            return _hosts(host or "127.0.0.1", default_port), "", source
     folder = find_private_folder()
     if folder:
         return (), private_socket(folder), PRIVATE_FOLDER
@@ -472,16 +449,28 @@ def _find_address(environment: Environment) -> tuple[Hosts, str, str]:
 
 def _hosts(text: str, default_port: int) -> Hosts:
     found = []
-    for word in filter(None, (part.strip() for part in text.split(","))):
+    for word in filter(None, map(str.strip, text.split(","))):
         match = re.fullmatch(r"\[([^\]]+)\](?::(\d+))?|([^:]+):(\d+)|(.+)", word)
         if not match:
-            raise Problem(f"DB_HOST: expected host or host:port, not {excerpt(word)}",
-                          status=USAGE)
+            what = f"DB_HOST: expected host or host:port, not {excerpt(word)}"
+            raise Problem(what, status=USAGE)
         name, port = match[1] or match[3] or match[5], match[2] or match[4]
         found.append((name, PORT.read(port or str(default_port), "DB_HOST's port")))
     if not found:
         raise Problem("DB_HOST names no host", status=USAGE)
     return tuple(found)
+
+
+def _password(account: Mapping[str, str]) -> str:
+    path = account.get("DB_PASSWORD_FILE")
+    if "DB_PASSWORD" in account or not path:
+        return account.get("DB_PASSWORD", "")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.readline().rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Problem(f"DB_PASSWORD_FILE: cannot read {path}: {error}",
+                      status=UNAVAILABLE) from None
 
 
 # ---- rules -------------------------------------------------------------------
@@ -504,27 +493,23 @@ class State(str, enum.Enum):
 
 
 class Move(NamedTuple):
-    leaves: frozenset[State]
+    leaves: Collection[State]
     to: State
 
 
-def _move(to: State, *leaves: State) -> Move:
-    return Move(frozenset(leaves), to)
-
-
 MOVES = {
-    "release": _move(State.PENDING, State.SCHEDULED, State.FAILED, State.BLOCKED),
-    "defer": _move(State.SCHEDULED, State.BLOCKED),  # parents done, not yet its time
-    "claim": _move(State.PROCESSING, State.PENDING),
-    "complete": _move(State.COMPLETED, State.PROCESSING),
-    "fail": _move(State.FAILED, State.PROCESSING),
-    "bury": _move(State.DEAD, State.PROCESSING, State.BLOCKED),
-    "lose": _move(State.FAILED, State.PROCESSING),
-    "hand back": _move(State.PENDING, State.PROCESSING),
-    "cancel": _move(State.CANCELLED, State.PENDING, State.SCHEDULED, State.BLOCKED,
-                    State.FAILED),
-    "cancel, ended": _move(State.CANCELLED, State.PROCESSING),
-    "revive": _move(State.PENDING, State.DEAD),
+    "release": Move({State.SCHEDULED, State.FAILED, State.BLOCKED}, State.PENDING),
+    "defer": Move({State.BLOCKED}, State.SCHEDULED),  # parents done, not yet its time
+    "claim": Move({State.PENDING}, State.PROCESSING),
+    "complete": Move({State.PROCESSING}, State.COMPLETED),
+    "fail": Move({State.PROCESSING}, State.FAILED),
+    "bury": Move({State.PROCESSING, State.BLOCKED}, State.DEAD),
+    "lose": Move({State.PROCESSING}, State.FAILED),
+    "hand back": Move({State.PROCESSING}, State.PENDING),
+    "cancel": Move({State.PENDING, State.SCHEDULED, State.BLOCKED, State.FAILED},
+                   State.CANCELLED),
+    "cancel, ended": Move({State.PROCESSING}, State.CANCELLED),
+    "revive": Move({State.DEAD}, State.PENDING),
 }
 
 
@@ -591,14 +576,9 @@ class Verdict(NamedTuple):
 
 
 def backoff_s(base: float, attempts: int, settings: Settings, chance: float) -> float:
-    """Seconds before the next run: base ^ attempts, at most backoff_max.
-
-    Compared by logarithms before the power is taken, so that nothing overflows.
-    """
-    longest = settings.backoff_max
-    if longest <= 0 or attempts * math.log(base) >= math.log(longest):
-        delay = longest
-    else:
+    """Seconds before the next run: base ^ attempts, at most backoff_max."""
+    delay = settings.backoff_max  # compared by logarithms, as the power may overflow
+    if delay > 0 and attempts * math.log(base) < math.log(delay):
         delay = base ** attempts
     return delay * (1 - settings.backoff_jitter * chance)
 
@@ -610,22 +590,18 @@ def judge(job: Held, end: End, settings: Settings, chance: float) -> Verdict:
     if end.reason is Reason.HANDED_BACK:
         return Verdict("hand back", losses=job.losses)
     wait_s = backoff_s(job.backoff_base, job.attempts, settings, chance)
+    spent = job.attempts >= job.allowed
     if end.reason is Reason.LOST:
-        return _judge_lost(job, wait_s)
+        # Only a run that was alone is buried for loss: no neighbour can have caused it.
+        if job.on_lost == "dead" or (spent and job.alone):
+            return Verdict("bury", losses=job.losses + 1)
+        return Verdict("lose", wait_s if job.losses else 0.0, job.losses + 1,
+                       job.attempts + 1 if spent else None)
     if end.reason is Reason.EXIT and end.exit_code == 0:
         return Verdict("complete")
-    if end.exit_code in job.permanent_exit_codes or job.attempts >= job.allowed:
+    if spent or end.exit_code in job.permanent_exit_codes:
         return Verdict("bury")
     return Verdict("fail", wait_s)
-
-
-def _judge_lost(job: Held, wait_s: float) -> Verdict:
-    """Only a job that ran alone is buried for loss: no neighbour can have caused it."""
-    spent = job.attempts >= job.allowed
-    if job.on_lost == "dead" or (spent and job.alone):
-        return Verdict("bury", losses=job.losses + 1)
-    return Verdict("lose", wait_s if job.losses else 0.0, job.losses + 1,
-                   job.attempts + 1 if spent else None)
 
 
 class Judge:
@@ -637,22 +613,19 @@ class Judge:
     """
 
     def __init__(self) -> None:
-        self._seen: dict[str, tuple[int, float]] = {}
+        self._since: dict[tuple[str, int], float] = {}  # (worker, beat): first seen
         self._last = -math.inf
 
     def observe(self, now: float, beats: Mapping[str, tuple[int, float]],
                 heartbeat_s: float) -> dict[str, int]:
         """The lost among `beats` (id: (beat, lease)), each with its last beat."""
         if now - self._last > 2 * heartbeat_s:
-            self._seen.clear()
+            self._since.clear()
         self._last = now
-        seen = {}
-        for worker, (beat, _) in beats.items():
-            before = self._seen.get(worker)
-            seen[worker] = before if before and before[0] == beat else (beat, now)
-        self._seen = seen
-        return {worker: beat for worker, (beat, since) in seen.items()
-                if now - since >= beats[worker][1]}
+        self._since = {(worker, beat): self._since.get((worker, beat), now)
+                       for worker, (beat, _) in beats.items()}
+        return {worker: beat for worker, (beat, lease) in beats.items()
+                if now - self._since[worker, beat] >= lease}
 
 
 # ---- schema ------------------------------------------------------------------
@@ -816,9 +789,8 @@ CREATE TABLE IF NOT EXISTS schedules (
 
 def schema_statements() -> list[str]:
     """The statements of SCHEMA that make tables: without CREATE DATABASE and USE."""
-    text = re.sub(r"(?m)^--.*\n", "", SCHEMA)
-    statements = [part.strip() for part in text.split(";\n") if part.strip()]
-    return [one for one in statements if not re.match(r"CREATE DATABASE|USE ", one)]
+    text = re.sub(r"(?m)^(--.*|CREATE DATABASE [^;]*;|USE .*;)\n", "", SCHEMA)
+    return [part.strip() for part in text.split(";\n") if part.strip()]
 
 
 def schema_for(database: str) -> str:
@@ -849,10 +821,12 @@ class Trouble(enum.Enum):
     BUG = "ours"
 
 
+BINLOG_NEEDS_REPEATABLE_READ = 1665
 CODES = {
     Trouble.REPEAT: {1205, 1213, 1020, 1180, 1969, 3024, 3101, 3572},
     Trouble.RECONNECT: {0, 2002, 2003, 2006, 2013, 2055, 1053, 1079, 1152, 1158, 1159,
-                        1160, 1161, 1184, 1317, 1927, 4031},
+                        1160, 1161, 1184, 1317, 1927, 4031,
+                        BINLOG_NEEDS_REPEATABLE_READ},
     Trouble.READ_ONLY: {1290, 1792, 1836, 3032, 1047},
     Trouble.CROWDED: {1040, 1203, 1226},
     Trouble.FULL: {1021, 1114, 1037, 1038, 1041, 3675},
@@ -861,7 +835,6 @@ CODES = {
                     2026, 2059, 3118, 3159},
 }
 TROUBLE_OF = {code: trouble for trouble, codes in CODES.items() for code in codes}
-BINLOG_NEEDS_REPEATABLE_READ = 1665
 LONGEST_PAUSE_S = 3.0
 
 
@@ -943,10 +916,9 @@ class Database:
         return self._insist(work, None)
 
     def close(self) -> None:
-        connection, self._connection = self._connection, None
-        self._skip_locked = None
+        connection, self._connection, self._skip_locked = self._connection, None, None
         if connection:
-            with contextlib.suppress(_driver().MySQLError, OSError):
+            with contextlib.suppress(_Driver().MySQLError, OSError):
                 connection.close()
 
     def skip_locked(self, cursor: Cursor) -> bool:
@@ -955,7 +927,7 @@ class Database:
             try:
                 cursor.execute("SELECT 1 FROM queues LIMIT 1 FOR UPDATE SKIP LOCKED")
                 self._skip_locked = "TiDB" not in self.version
-            except _driver().ProgrammingError:
+            except _Driver().ProgrammingError:
                 self._skip_locked = False
         return self._skip_locked
 
@@ -965,7 +937,7 @@ class Database:
         result = work(cursor)
         try:
             cursor.execute("COMMIT")
-        except _driver().MySQLError as error:
+        except _Driver().MySQLError as error:
             error.at_commit = True  # type: ignore[attr-defined]
             raise
         return result
@@ -975,7 +947,8 @@ class Database:
         failing_since, tries, unsure, sent = 0.0, 0, False, False
         while True:
             try:
-                cursor = self._cursor()
+                self._connection = self._connection or self._connect()
+                cursor = self._connection.cursor()
                 if unsure and verify:
                     found = self._in_transaction(cursor, verify)
                     if found is not None:
@@ -986,7 +959,7 @@ class Database:
                 result = work(cursor)
                 self._came_back()
                 return result
-            except _driver().MySQLError as error:
+            except _Driver().MySQLError as error:
                 trouble, code = diagnose(error)
                 self._recover(trouble, code)
                 if trouble is Trouble.ROW:
@@ -1010,7 +983,7 @@ class Database:
             try:
                 self._connection.rollback()
                 return
-            except _driver().MySQLError:
+            except _Driver().MySQLError:
                 pass  # the connection died too: it is thrown away below
         self.close()
 
@@ -1021,17 +994,15 @@ class Database:
             raise error
         problem = explain_error(self.target, error)
         problem.sent = sent
-        hopeless = trouble is Trouble.SETUP or (
-            self.target.source in ("default", PRIVATE_FOLDER) and _refused(error))
-        forever = math.isinf(self.policy.patience_s)
-        waited = time.monotonic() - since
-        if (hopeless and not forever) or self.policy.give_up.is_set():
-            raise problem
+        hopeless = not math.isinf(self.policy.patience_s) and (
+            trouble is Trouble.SETUP
+            or (self.target.source in ("default", PRIVATE_FOLDER) and _refused(error)))
         longest = 0.5 if trouble is Trouble.REPEAT else LONGEST_PAUSE_S
         pause = min(longest, 0.01 * 2 ** min(tries, 12)) * random.uniform(0.5, 1)
         if trouble is Trouble.CROWDED:
             pause += 0.2
-        if waited + pause > self.policy.patience_s:
+        impatient = time.monotonic() - since + pause > self.policy.patience_s
+        if hopeless or impatient or self.policy.give_up.is_set():
             raise problem
         if trouble is not Trouble.REPEAT:
             self._went_away(problem)
@@ -1046,20 +1017,15 @@ class Database:
             self.policy.say(f"{problem.what}; trying again")
 
     def _came_back(self) -> None:
-        if self._away_since is not None:
-            if self._said_away:
-                gone = say_duration(time.monotonic() - self._away_since)
-                self.policy.say(f"the database is back after {gone}")
-            self._away_since, self._said_away = None, False
-
-    def _cursor(self) -> Cursor:
-        if self._connection is None:
-            self._connection = self._connect()
-        return self._connection.cursor()
+        if self._said_away and self._away_since is not None:
+            gone = say_duration(time.monotonic() - self._away_since)
+            self.policy.say(f"the database is back after {gone}")
+        self._away_since, self._said_away = None, False
 
     def _connect(self) -> Connection:
         """The first host that answers and takes writes; with one host, that one."""
         hosts: Sequence[tuple[str, int]] = self.target.hosts or (("localhost", 0),)
+        driver = _Driver()
         failure: Exception | None = None
         for host, port in hosts:
             connection = None
@@ -1069,16 +1035,16 @@ class Database:
                     connection._read_timeout = (  # type: ignore[attr-defined]
                         self.policy.timeout_s)
                     return connection
-                failure = failure or _driver().OperationalError(
+                failure = failure or driver.OperationalError(
                     1290, f"{host}:{port} takes no writes")
-            except _driver().MySQLError as error:
+            except driver.MySQLError as error:
                 failure = error
             except RuntimeError as error:  # caching_sha2_password without TLS says so
-                failure = _driver().OperationalError(2059, str(error))
+                failure = driver.OperationalError(2059, str(error))
             except (OSError, ValueError, IndexError) as error:  # not a MySQL's greeting
-                failure = _driver().OperationalError(2013, repr(error))
+                failure = driver.OperationalError(2013, repr(error))
             if connection:
-                with contextlib.suppress(_driver().MySQLError, OSError):
+                with contextlib.suppress(driver.MySQLError, OSError):
                     connection.close()
         raise failure or AssertionError("no host")
 
@@ -1089,21 +1055,21 @@ class Database:
             return self._dial(host, port, None)
         try:
             connection = self._dial(host, port, self._context())
-        except _driver().OperationalError as error:
+        except _Driver().OperationalError as error:
             if mode != "preferred" or error.args[0] != 2026:
                 raise
             return self._dial(host, port, None)
         plain = not hasattr(connection._sock, "cipher")  # type: ignore[attr-defined]
         if plain and mode != "preferred":
             connection.close()  # before 1.2, PyMySQL goes on in plain text
-            raise _driver().OperationalError(2026, "the server does not offer TLS")
+            raise _Driver().OperationalError(2026, "the server does not offer TLS")
         return connection
 
     def _dial(self, host: str, port: int, tls: ssl.SSLContext | None) -> Connection:
         patience = max(1.0, min(5.0, self.policy.patience_s, self.policy.timeout_s))
         refuse: dict[str, Callable[[Connection], object]] = {
             "mysql_clear_password": RefuseClearText, "dialog": RefuseClearText}
-        return _driver().connect(
+        return _Driver().connect(
             user=self.target.user, password=self.target.password.encode(), host=host,
             port=port, unix_socket=self.target.socket or None,
             database=None if self.bare else self.target.database, charset="utf8mb4",
@@ -1126,11 +1092,11 @@ class Database:
 
     def _load_authorities(self, context: ssl.SSLContext) -> None:
         path = self.target.ssl_ca
-        if not path:
-            context.load_default_certs()
-            return
         try:
-            context.load_verify_locations(path)
+            if path:
+                context.load_verify_locations(path)
+            else:
+                context.load_default_certs()
         except OSError as error:  # ssl.SSLError is one
             raise Problem(f"DB_SSL_CA: cannot use {path}: {error}",
                           status=UNAVAILABLE) from None
@@ -1141,11 +1107,11 @@ class Database:
         A session that a partition left behind, with its locks, must not last.
         """
         lock_wait_s = max(1, min(10, int(self.policy.timeout_s) - 1))
+        level = "READ COMMITTED" if self.read_committed else "REPEATABLE READ"
         cursor.execute("SET SESSION sql_mode = 'STRICT_ALL_TABLES', "
                        "time_zone = '+00:00', "
                        f"innodb_lock_wait_timeout = {lock_wait_s}, "
                        f"wait_timeout = {int(4 * self.policy.timeout_s)}")
-        level = "READ COMMITTED" if self.read_committed else "REPEATABLE READ"
         cursor.execute(f"SET SESSION TRANSACTION ISOLATION LEVEL {level}")
         cursor.execute("SELECT VERSION(), @@max_allowed_packet, @@read_only")
         row = cursor.fetchone()
@@ -1161,11 +1127,16 @@ _FOUND_ROWS = 2  # an UPDATE counts the rows it matched, changed or not
 
 
 class _Driver:
-    """PyMySQL's names that this room uses."""
+    """PyMySQL's names that this room uses, loaded when first needed (40 to 70 ms)."""
 
     def __init__(self) -> None:
-        import pymysql
-
+        try:
+            import pymysql
+        except ImportError as error:
+            raise Problem(f"PyMySQL is missing for {sys.executable} ({error})",
+                          "install it: apt install python3-pymysql, or: "
+                          f"{sys.executable} -m pip install PyMySQL",
+                          UNAVAILABLE) from None
         self.version = ".".join(str(part) for part in pymysql.VERSION[:3])
         self.connect = pymysql.connect
         self.MySQLError = pymysql.err.MySQLError
@@ -1173,21 +1144,9 @@ class _Driver:
         self.ProgrammingError = pymysql.err.ProgrammingError
 
 
-@functools.cache
-def _driver() -> _Driver:
-    """PyMySQL, loaded when first needed: that takes 40 to 70 ms."""
-    try:
-        return _Driver()
-    except ImportError as error:
-        raise Problem(f"PyMySQL is missing for {sys.executable} ({error})",
-                      "install it: apt install python3-pymysql, or: "
-                      f"{sys.executable} -m pip install PyMySQL", UNAVAILABLE) from None
-
-
 def driver_version() -> str:
-    """PyMySQL's version, or `missing`."""
     try:
-        return _driver().version
+        return _Driver().version
     except Problem:
         return "missing"
 
@@ -1213,35 +1172,36 @@ def _refused(error: Exception) -> bool:
 
 
 def explain_error(target: Target, error: Exception) -> Unreachable:
-    """What a person should read about a connection or set-up error."""
+    """What a person should read about an error; no password in it."""
     code = diagnose(error)[1]
     text = str(error.args[-1]) if error.args else type(error).__name__
     account = f"{target.user!r} (from {target.account_source})"
     place = f"{target} (from {target.source})"
     if code in (1045, 1698):
-        return Unreachable(f"the server refused the account {account}, {place}: {text}",
-                           "check DB_USER and DB_PASSWORD")
-    if code in (1049, 1054, 1146):
-        return Unreachable(f"the queue's tables are missing in {place}: {text}",
-                           "run: queuectl db init")
-    if code in (1044, 1142, 1143):
-        return Unreachable(f"the account {account} lacks a right in {place}: {text}",
-                           "grant it, or use another account")
-    if code in (2026, 2059, 3159):
-        return Unreachable(f"no secure connection to {place}: {text}",
-                           "check DB_SSL_MODE and DB_SSL_CA")
-    if _refused(error) and target.source == PRIVATE_FOLDER:
-        return Unreachable(f"the private server of {place} is stopped",
-                           "run: queuectl db start")
-    if _refused(error) and target.source == "default":
-        return Unreachable(
-            "no database is configured, and no server answers at 127.0.0.1:3306; "
-            "looked in the environment (DB_HOST, DB_SOCKET), ./.env, .env beside the "
-            f"script and ./{PRIVATE_FOLDER}",
-            "set DB_HOST, DB_USER and DB_PASSWORD, or start a private server: "
-            "queuectl db start")
-    return Unreachable(f"cannot reach the database {place}: {text}",
-                       "check that the server runs, and DB_HOST, DB_PORT and DB_SOCKET")
+        what = f"the server refused the account {account}, {place}: {text}"
+        hint = "check DB_USER and DB_PASSWORD"
+    elif code in (1049, 1054, 1146):
+        what = f"the queue's tables are missing in {place}: {text}"
+        hint = "run: queuectl db init"
+    elif code in (1044, 1142, 1143):
+        what = f"the account {account} lacks a right in {place}: {text}"
+        hint = "grant it, or use another account"
+    elif code in (2026, 2059, 3159):
+        what = f"no secure connection to {place}: {text}"
+        hint = "check DB_SSL_MODE and DB_SSL_CA"
+    elif _refused(error) and target.source == PRIVATE_FOLDER:
+        what = f"the private server of {place} is stopped"
+        hint = "run: queuectl db start"
+    elif _refused(error) and target.source == "default":
+        what = ("no database is configured, and no server answers at 127.0.0.1:3306; "
+                "looked in the environment (DB_HOST, DB_SOCKET), ./.env, .env beside "
+                f"the script and ./{PRIVATE_FOLDER}")
+        hint = ("set DB_HOST, DB_USER and DB_PASSWORD, or start a private server: "
+                "queuectl db start")
+    else:
+        what = f"cannot reach the database {place}: {text}"
+        hint = "check that the server runs, and DB_HOST, DB_PORT and DB_SOCKET"
+    return Unreachable(what, hint)
 
 
 def check_schema(row: Row | None, database: str) -> None:
@@ -1251,14 +1211,14 @@ def check_schema(row: Row | None, database: str) -> None:
         raise Problem(f"the database {database} has a config table without queuectl's "
                       "schema version: it is not a queue",
                       "name another database in DB_NAME", UNAVAILABLE)
-    version, oldest_writer = int(words[0]), int(words[1])
+    version, oldest_writer = map(int, words)
+    tables = f"the tables in {database} are of schema {version}"
     if oldest_writer > SCHEMA_VERSION:
-        raise Problem(f"the tables in {database} are of schema {version}, newer than "
-                      f"this program ({VERSION}, schema {SCHEMA_VERSION})",
-                      "install the newer queuectl.py on this host", UNAVAILABLE)
+        raise Problem(
+            f"{tables}, newer than this program ({VERSION}, schema {SCHEMA_VERSION})",
+            "install the newer queuectl.py on this host", UNAVAILABLE)
     if version < SCHEMA_VERSION:
-        raise Problem(f"the tables in {database} are of schema {version}, older than "
-                      f"this program needs ({SCHEMA_VERSION})",
+        raise Problem(f"{tables}, older than this program needs ({SCHEMA_VERSION})",
                       "run: queuectl db init", UNAVAILABLE)
 
 
@@ -1269,9 +1229,9 @@ def insert_rows(cursor: Cursor, packet_bytes: int, head: str,
     parts: list[str] = []
     for template, arguments in rows:
         part = cursor.mogrify(template, tuple(arguments))
-        length = len(part.encode("utf-8", "surrogateescape"))
+        length = len(part if part.isascii() else part.encode(errors="surrogateescape"))
         if length > packet_bytes - 4096:  # sent, it would look like an outage
-            raise _driver().OperationalError(1153, f"a row of {length} bytes")
+            raise _Driver().OperationalError(1153, f"a row of {length} bytes")
         if parts and (size + length > limit or len(parts) >= 1000):
             cursor.execute(f"{head} {', '.join(parts)} {tail}")
             parts, size = [], 0
@@ -1287,9 +1247,7 @@ def init_database(target: Target) -> str:
     Refused, with nothing changed: tables newer than this program, and a `jobs` table
     that is not ours. Two at once wait for each other by a named lock.
     """
-    database = Database(target, WRITING, bare=True)
-    name = quote_name(target.database)
-    lock = f"queuectl:{target.database}"[:64]
+    name, lock = quote_name(target.database), f"queuectl:{target.database}"[:64]
 
     def work(cursor: Cursor) -> str:
         cursor.execute("SELECT COUNT(*) FROM information_schema.schemata "
@@ -1304,14 +1262,12 @@ def init_database(target: Target) -> str:
         found = _existing_version(cursor, target.database)
         for statement in schema_statements():
             cursor.execute(statement)
-        cursor.execute("SELECT RELEASE_LOCK(%s)", (lock,))
         done = "is there already" if found else "created"
         return f"schema {SCHEMA_VERSION} {done} in {target}"
 
-    try:
+    # Closing lets the lock go.
+    with contextlib.closing(Database(target, WRITING, bare=True)) as database:
         return database.read(work)
-    finally:
-        database.close()
 
 
 def _existing_version(cursor: Cursor, database: str) -> bool:
@@ -1322,12 +1278,11 @@ def _existing_version(cursor: Cursor, database: str) -> bool:
     if "config" in tables:
         cursor.execute("SELECT value FROM config WHERE `key` = 'schema_version'")
         check_schema(cursor.fetchone(), database)
-        return True
-    if "jobs" in tables:
+    elif "jobs" in tables:
         raise Problem(f"{database} has a jobs table that is not queuectl's: "
                       "nothing was changed", "name another database in DB_NAME",
                       UNAVAILABLE)
-    return False
+    return "config" in tables
 
 
 def _single(cursor: Cursor) -> object:
@@ -1344,33 +1299,25 @@ def _single(cursor: Cursor) -> object:
 
 COMMAND_BYTES_MAX = 131000  # the kernel takes 131,071 bytes in one argument
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]*")
+NAMED = "letters, digits and ._:@+-, the first a letter or digit"
+NOT_BLANK = re.compile(r"\s*[^\s\0][^\0]*")  # and without NUL
 
 
-def _named(limit: int) -> Kind[str]:
+def _text(form: re.Pattern[str], bytes_max: int, expects: str) -> Kind[str]:
     def convert(text: str) -> str:
-        if not NAME.fullmatch(text) or len(text) > limit:
+        if not form.fullmatch(text) or len(text.encode()) > bytes_max:
             raise ValueError(text)
         return text
-    return Kind(convert, f"1 to {limit} letters, digits and ._:@+-, "
-                         "the first a letter or digit")
-
-
-def _plain_text(limit: int) -> Callable[[str], str]:
-    def convert(text: str) -> str:
-        if not text.strip() or "\0" in text or len(text.encode()) > limit:
-            raise ValueError(text)
-        return text
-    return convert
+    return Kind(convert, expects)
 
 
 def _read_time(text: str) -> str:
     """UTC, as the database writes it, from ISO 8601 with a zone."""
     moment = datetime.datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", text))
     if moment.tzinfo is None:
-        raise Problem(
-            f"run_at: {excerpt(text)} has no time zone",
-            f"say {text}Z for UTC, or {moment.astimezone().isoformat()} for this "
-            "host's time", USAGE)
+        here = moment.astimezone().isoformat()
+        raise Problem(f"run_at: {excerpt(text)} has no time zone",
+                      f"say {text}Z for UTC, or {here} for this host's time", USAGE)
     return moment.astimezone(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f")
 
 
@@ -1381,10 +1328,10 @@ def _read_env(text: str) -> str:
     except RecursionError:
         raise ValueError(text) from None
     for name, value in found.items() if isinstance(found, dict) else [("", None)]:
-        if not isinstance(value, str) or not re.fullmatch(r"[^=\0]+", name):
+        if not isinstance(value, str) or "\0" in value \
+                or not re.fullmatch(r"[^=\0]+", name):
             raise ValueError(text)
-        if "\0" in value or not (name + value).encode():
-            raise ValueError(text)
+        (name + value).encode()  # a lone surrogate is a ValueError too
     return json.dumps(found, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -1392,47 +1339,43 @@ def _read_code_list(text: str) -> str:
     return ",".join(str(code) for code in sorted(read_codes(text.strip("[]"))))
 
 
-QUEUE_NAME, JOB_ID = _named(64), _named(128)
+QUEUE_NAME = _text(NAME, 64, f"1 to 64 {NAMED}")
+JOB_ID = _text(NAME, 128, f"1 to 128 {NAMED}")
 
 
 class Key(NamedTuple):
-    """One key of a job: how it is read, its help, and the option's placeholder."""
-
     kind: Kind[object]
     help: str
-    metavar: str
-
-
-def _key(kind: Kind[T], help_text: str, metavar: str) -> Key:
-    return Key(kind, help_text, metavar)  # type: ignore[arg-type]
+    metavar: str  # the option's placeholder
 
 
 JOB_KEYS = {
-    "id": _key(JOB_ID, "its name; made when not given", "ID"),
-    "command": _key(
-        Kind(_plain_text(COMMAND_BYTES_MAX),
-             f"a command of 1 to {COMMAND_BYTES_MAX} bytes of UTF-8 without NUL"),
+    "id": Key(JOB_ID, "its name; made when not given", "ID"),
+    "command": Key(
+        _text(NOT_BLANK, COMMAND_BYTES_MAX,
+              f"a command of 1 to {COMMAND_BYTES_MAX} bytes of UTF-8 without NUL"),
         "what /bin/sh -c runs", "CMD"),
-    "max_retries": _key(whole(0, 1000), "retries after the first run", "N"),
-    "priority": _key(whole(-1000000, 1000000), "higher runs first", "N"),
-    "queue": _key(QUEUE_NAME, "the line it waits in", "NAME"),
-    "delay": _key(duration(), "not before this much time has passed", "D"),
-    "run_at": _key(Kind(_read_time, "a time such as 2026-11-24T10:00:00Z"),
-                   "not before this time", "TIME"),
-    "timeout": _key(duration(), "time limit of a run; 0: none", "D"),
-    "cwd": _key(Kind(_plain_text(4096), "a path without NUL"),
-                "directory it runs in", "DIR"),
-    "env": _key(Kind(_read_env, "an object of strings", (dict,)),
-                "variable to add to its environment (repeatable)", "NAME=VALUE"),
-    "backoff_base": _key(number(1, 1000), "its own backoff_base", "X"),
-    "permanent_exit_codes": _key(
+    "max_retries": Key(whole(0, 1000), "retries after the first run", "N"),
+    "priority": Key(whole(-1000000, 1000000), "higher runs first", "N"),
+    "queue": Key(QUEUE_NAME, "the line it waits in", "NAME"),
+    "delay": Key(duration(), "not before this much time has passed", "D"),
+    "run_at": Key(Kind(_read_time, "a time such as 2026-11-24T10:00:00Z"),
+                  "not before this time", "TIME"),
+    "timeout": Key(duration(), "time limit of a run; 0: none", "D"),
+    "cwd": Key(_text(NOT_BLANK, 4096, "a path without NUL"), "directory it runs in",
+               "DIR"),
+    "env": Key(Kind(_read_env, "an object of strings", (dict,)),
+               "variable to add to its environment (repeatable)", "NAME=VALUE"),
+    "backoff_base": Key(number(1, 1000), "its own backoff_base", "X"),
+    "permanent_exit_codes": Key(
         Kind(_read_code_list, EXIT_CODES.expects, (list, str)),
         "exit codes after which it is not retried", "CODES"),
-    "on_lost": _key(choice("retry", "dead"), "if its worker is lost: retry or dead",
-                    "WHAT"),
+    "on_lost": Key(choice("retry", "dead"), "if its worker is lost: retry or dead",
+                   "WHAT"),
 }
 # How a key's value is written into the row; the others go in as they are.
 EXPRESSIONS = {"delay": "UTC_TIMESTAMP(6) + INTERVAL %s MICROSECOND"}
+COLUMN_OF = {"delay": "next_run_at", "run_at": "next_run_at"}
 Job_Values = Mapping[str, object]
 
 
@@ -1451,29 +1394,28 @@ def check_job(document: object, defaults: Job_Values) -> dict[str, object]:
     values: dict[str, object] = {}
     for name, value in document.items():
         if name not in JOB_KEYS:
-            raise Problem(f"unknown key {excerpt(name)}",
-                          nearest(name, JOB_KEYS) or f"keys: {' '.join(JOB_KEYS)}",
-                          USAGE)
+            hint = nearest(name, JOB_KEYS) or f"keys: {' '.join(JOB_KEYS)}"
+            raise Problem(f"unknown key {excerpt(name)}", hint, USAGE)
         values[name] = JOB_KEYS[name].kind.read_json(value, name)
     return complete_job(values, defaults)
 
 
 def complete_job(values: dict[str, object], defaults: Job_Values) -> dict[str, object]:
     """`values` with `defaults`, an id and an absolute directory."""
-    timed = "delay" in values or "run_at" in values
+    timed = COLUMN_OF.keys() & values.keys()
     for name, value in defaults.items():
-        if not (timed and name in ("delay", "run_at")):
+        if not (timed and name in COLUMN_OF):
             values.setdefault(name, value)
     if "command" not in values:
         raise Problem("command: missing", 'say {"command": "…"}', USAGE)
-    if "delay" in values and "run_at" in values:
+    if COLUMN_OF.keys() <= values.keys():
         raise Problem("delay and run_at: give only one", status=USAGE)
     values.setdefault("id", new_id())
     if "cwd" in values:
         values["cwd"] = os.path.abspath(str(values["cwd"]))
     if not values.get("delay", 1):
         del values["delay"]
-    if "delay" in values or "run_at" in values:
+    if COLUMN_OF.keys() & values.keys():
         values["state"] = State.SCHEDULED
     return values
 
@@ -1513,9 +1455,8 @@ def parse_json(text: str) -> object:
         return found
 
     try:
-        document: object = json.loads(text, parse_constant=no_constant,
-                                      object_pairs_hook=no_repeats)
-        return document
+        return json.loads(text, parse_constant=no_constant,
+                          object_pairs_hook=no_repeats)
     except (ValueError, RecursionError) as error:
         raise Problem(f"not JSON: {excerpt(str(error), 200)}",
                       """quote it for the shell: enqueue '{"command":"echo hello"}'""",
@@ -1544,9 +1485,7 @@ def spool_lines(file: Iterable[bytes], as_json: bool, defaults: Job_Values) -> S
 def enqueue(database: Database, spool: Spool, if_absent: bool) -> None:
     """Commit all jobs of the spool, or none; `if_absent` passes over ids in use."""
     batch = secrets.token_hex(8)
-    columns = ["next_run_at" if name in ("delay", "run_at") else name
-               for name in spool.columns]
-    columns = list(dict.fromkeys(columns))
+    columns = list(dict.fromkeys(COLUMN_OF.get(name, name) for name in spool.columns))
     head = f"INSERT INTO jobs ({', '.join(columns)}, batch) VALUES"
     tail = "ON DUPLICATE KEY UPDATE seq = jobs.seq" if if_absent else ""
 
@@ -1575,16 +1514,16 @@ def enqueue(database: Database, spool: Spool, if_absent: bool) -> None:
 def _as_row(values: Job_Values, columns: Sequence[str],
             batch: str) -> tuple[str, list[object]]:
     """The VALUES template of one job, DEFAULT where it says nothing; its arguments."""
-    parts, arguments = [], []
+    said = {COLUMN_OF.get(name, name): name for name in values}
+    parts: list[str] = []
+    arguments: list[object] = []
     for column in columns:
-        names = ("delay", "run_at") if column == "next_run_at" else (column,)
-        name = next((one for one in names if one in values), None)
-        if name is None:
-            parts.append("DEFAULT")
-            continue
-        parts.append(EXPRESSIONS.get(name, "%s"))
-        value = values[name]
-        arguments.append(round(float(str(value)) * 1e6) if name == "delay" else value)
+        name = said.get(column, "")
+        parts.append(EXPRESSIONS.get(name, "%s") if name else "DEFAULT")
+        if name == "delay":
+            arguments.append(round(float(str(values[name])) * 1e6))
+        elif name:
+            arguments.append(values[name])
     return f"({', '.join(parts)}, %s)", [*arguments, batch]
 
 
@@ -1614,9 +1553,8 @@ def _explain_refusal(database: Database, refused: RowRefused) -> Problem:
 HISTORY_KEPT = 20
 PROMOTED_AT_ONCE = 500
 DETAIL_MAX, LAST_LINE_MAX = 1024, 255
-HELD_COLUMNS = """seq, id, token, runs, attempts, attempts_max, max_retries, losses,
-       backoff_base, permanent_exit_codes, on_lost, cancel_requested_at IS NOT NULL,
-       worker, started_at"""
+Ended = Tuple[Held, End]
+Beats = Mapping[str, Tuple[int, float]]  # of each worker, with its lease
 
 
 @dataclass(frozen=True)
@@ -1664,9 +1602,6 @@ class Look:
     drained: bool
 
 
-Ended = Tuple[Held, End]
-
-
 class Change(NamedTuple):
     """One ended run and what it makes of its job: a row of the plan."""
 
@@ -1691,14 +1626,6 @@ class Turn:
     notes: Sequence[str] = ()  # for the log
 
 
-class Settled(NamedTuple):
-    """The answer of a turn's transaction: whether we live, what is due, the plan."""
-
-    alive: bool
-    due_s: float = math.inf
-    changes: Sequence[Change] = ()
-
-
 @dataclass(frozen=True)
 class Identity:
     """One worker process, as its row describes it."""
@@ -1712,26 +1639,13 @@ class Identity:
     queues: tuple[str, ...]  # none: all
 
 
-def held_from(row: Row, settings: Settings) -> Held:
-    """A row of HELD_COLUMNS, its NULLs filled from the settings."""
-    (seq, job_id, token, run, attempts, allowed, retries, losses, base, codes, on_lost,
-     cancel, worker, started_at) = row
-    retries = settings.max_retries if retries is None else retries
-    permanent = settings.permanent_exit_codes
-    if codes is not None:
-        with contextlib.suppress(ValueError):
-            permanent = read_codes(str(codes))
-    return Held(
-        int(str(seq)), str(job_id), str(token or ""), int(str(run)), int(str(attempts)),
-        int(str(retries)) + 1 if allowed is None else int(str(allowed)),
-        int(str(losses)),
-        settings.backoff_base if base is None else max(1.0, float(str(base))),
-        permanent, settings.on_lost if on_lost is None else str(on_lost), bool(cancel),
-        str(worker), started_at)
-
-
 def placeholders(values: Collection[object]) -> str:
     return ", ".join(["%s"] * len(values))
+
+
+def execute(database: Database, statement: str, *values: object) -> None:
+    """Change one thing by one statement; doing it twice must do no harm."""
+    database.read(lambda cursor: cursor.execute(statement, values))
 
 
 class Desk:
@@ -1742,7 +1656,8 @@ class Desk:
         self.settings = Settings()
         self._use_skip_locked = use_skip_locked
         self._queues: list[str] = list(me.queues)
-        self._marked: list[int] = []  # what this turn has claimed
+        self._token = ""  # of what this turn claims
+        self._marked: list[int] = []  # seqs that it has claimed so far
         self._settled: dict[int, str] = {}  # and what it has settled: seq and token
         self._judge = Judge()
 
@@ -1750,64 +1665,56 @@ class Desk:
 
     def turn(self, ask: Ask) -> Turn:
         """Settle what ended, claim up to `free` jobs, and look around where asked."""
-        token = secrets.token_hex(8)
+        self._token = secrets.token_hex(8)
         try:
-            alive, due_s, changes = self.database.transact(
-                lambda cursor: self._turn(cursor, ask, token),
-                lambda cursor: self._look_back(cursor, token))
+            done = self.database.transact(lambda cursor: self._turn(cursor, ask),
+                                          self._look_back)
         except RowRefused as refused:
             return self._turn_without(ask, refused)
-        if not alive:
-            return Turn(alive=False)
-        jobs = self.database.read(lambda cursor: self._read_claimed(cursor, token))
+        if not done.alive:
+            return done
+        jobs = self.database.read(self._read_claimed)
         look = None
         if ask.look:
-            look = self.database.read(lambda cursor: self._look(cursor, ask, token))
+            look = self.database.read(lambda cursor: self._look(cursor, ask))
         notes = self._look_after_others() if ask.judge else []
-        return Turn(True, jobs, look, due_s, changes, notes)
+        return dataclasses.replace(done, jobs=jobs, look=look, notes=notes)
 
-    def _turn(self, cursor: Cursor, ask: Ask, token: str) -> Settled:
+    def _turn(self, cursor: Cursor, ask: Ask) -> Turn:
         self._marked, self._settled = [], {}
         cursor.execute(
-            """
-            UPDATE workers
-               SET beat = beat + 1, heartbeat_at = UTC_TIMESTAMP(6), busy = %s,
-                   state = %s, lease = %s
-             WHERE id = %s AND lost_at IS NULL
-            """, (len(ask.running), ask.state, self.settings.lease_s, self.me.id))
+            "UPDATE workers SET beat = beat + 1, heartbeat_at = UTC_TIMESTAMP(6), "
+            "busy = %s, state = %s, lease = %s WHERE id = %s AND lost_at IS NULL",
+            (len(ask.running), ask.state, self.settings.lease_s, self.me.id))
         if not cursor.rowcount:
-            return Settled(False)
+            return Turn(alive=False)
         changes = self._settle(cursor, ask.ended)
-        if ask.flushes:
-            self._flush(cursor, ask.flushes)
+        self._flush(cursor, ask.flushes)
         due_s = min((change.verdict.wait_s for change in changes
                      if change.to is State.FAILED), default=math.inf)
         if ask.look:
             due_s = self._promote(cursor)
         if ask.free:
-            self._claim(cursor, ask, token)
-        return Settled(True, due_s, changes)
+            self._claim(cursor, ask)
+        return Turn(due_s=due_s, changes=changes)
 
-    def _look_back(self, cursor: Cursor, token: str) -> Settled | None:
+    def _look_back(self, cursor: Cursor) -> Turn | None:
         """Whether a turn whose COMMIT was not answered was carried out.
 
-        Locking reads: a plain one was seen to miss a commit that came half a second on.
+        Locking reads: a plain one was seen to miss a commit half a second later.
         """
         seqs = sorted({*self._marked, *self._settled})
         if not seqs:
-            return Settled(True)
-        cursor.execute(
-            f"""
-            SELECT seq, token FROM jobs FORCE INDEX (PRIMARY)
-             WHERE seq IN ({placeholders(seqs)}) FOR UPDATE
-            """, seqs)
-        found = {int(row[0]): row[1] for row in cursor.fetchall()}
-        ours = any(found.get(seq) == token for seq in self._marked)
+            return Turn()
+        cursor.execute("SELECT seq, token FROM jobs FORCE INDEX (PRIMARY) "
+                       f"WHERE seq IN ({placeholders(seqs)}) FOR UPDATE", seqs)
+        found = dict(cursor.fetchall())
+        ours = any(found.get(seq) == self._token for seq in self._marked)
         settled = any(found.get(seq) != held for seq, held in self._settled.items())
-        return Settled(True, 0.0) if ours or settled else None
+        return Turn(due_s=0.0) if ours or settled else None
 
     def _turn_without(self, ask: Ask, refused: RowRefused) -> Turn:
-        """One bad row never blocks the rest: settle singly, it without its output."""
+        """One bad row never blocks the rest: settle each alone, it without output."""
         notes = []
         if not (ask.ended or ask.flushes):
             raise refused  # no result is to blame
@@ -1815,38 +1722,41 @@ class Desk:
             notes.append(f"a result was refused by the database: {refused}")
         for held, end in ask.ended:
             try:
-                self._settle_alone(held, end)
+                self._settle_now([(held, end)])
             except RowRefused as error:
                 detail = f"{end.detail}; output not stored: {error}".lstrip("; ")
-                self._settle_alone(held, dataclasses.replace(
-                    end, output=b"", detail=detail.encode("ascii", "replace").decode()))
+                detail = detail.encode("ascii", "replace").decode()
+                end = dataclasses.replace(end, output=b"", detail=detail)
+                self._settle_now([(held, end)])
                 notes.append(f"job {held.id}: its output could not be stored: {error}")
-        return dataclasses.replace(
-            self.turn(dataclasses.replace(ask, ended=(), flushes=())), notes=notes)
-
-    def _settle_alone(self, held: Held, end: End) -> None:
-        self.database.transact(lambda cursor: len(self._settle(cursor, [(held, end)])))
+        rest = self.turn(dataclasses.replace(ask, ended=(), flushes=()))
+        return dataclasses.replace(rest, notes=notes)
 
     # -- settle
+
+    def _settle_now(self, ended: Sequence[Ended]) -> None:
+        self.database.transact(lambda cursor: self._settle(cursor, ended))
 
     def _settle(self, cursor: Cursor, ended: Sequence[Ended]) -> list[Change]:
         """Settle the runs that are still ours; the others are left alone."""
         if not ended:
             return []
-        seqs = [held.seq for held, _ in ended]
-        cursor.execute(
-            f"""
-            SELECT seq, token, cancel_requested_at IS NOT NULL
-              FROM jobs FORCE INDEX (PRIMARY)
-             WHERE seq IN ({placeholders(seqs)}) AND state = 'processing'
-             ORDER BY seq FOR UPDATE
-            """, seqs)
-        cancelled = {(int(row[0]), row[1]): bool(row[2]) for row in cursor.fetchall()}
+        cancelled = self._lock_runs(cursor, [held.seq for held, _ in ended])
         changes = [self._decide(held, end, cancelled[held.seq, held.token])
                    for held, end in ended if (held.seq, held.token) in cancelled]
         self._settled = {change.held.seq: change.held.token for change in changes}
         self._carry_out(cursor, changes)
         return changes
+
+    @staticmethod
+    def _lock_runs(cursor: Cursor, seqs: Sequence[int]) -> dict[tuple[int, str], bool]:
+        """The (seq, token) of those that run, and whether a person cancelled it."""
+        cursor.execute(
+            "SELECT seq, token, cancel_requested_at IS NOT NULL "
+            "FROM jobs FORCE INDEX (PRIMARY) "
+            f"WHERE seq IN ({placeholders(seqs)}) AND state = 'processing' "
+            "ORDER BY seq FOR UPDATE", seqs)
+        return {(seq, token): bool(asked) for seq, token, asked in cursor.fetchall()}
 
     def _decide(self, held: Held, end: End, cancelled: bool) -> Change:
         held = dataclasses.replace(held, cancel_requested=cancelled)
@@ -1859,8 +1769,7 @@ class Desk:
         """Write a plan: jobs, history, dead letters. Rows alike share a statement."""
         groups: dict[tuple[object, ...], list[Change]] = {}
         for change in changes:
-            verdict, end = change.verdict, change.end
-            key = (*verdict, end.exit_code, end.reason)
+            key = (change.verdict, change.end.exit_code, change.end.reason)
             groups.setdefault(key, []).append(change)
         for group in groups.values():
             self._move_jobs(cursor, group)
@@ -1880,8 +1789,7 @@ class Desk:
 
     @staticmethod
     def _move_jobs(cursor: Cursor, group: Sequence[Change]) -> None:
-        _, end, verdict = group[0]
-        to = group[0].to
+        (_, end, verdict), to = group[0], group[0].to
         timing = ""
         if to in (State.PENDING, State.FAILED):
             timing = "next_run_at = UTC_TIMESTAMP(6) + INTERVAL %(wait)s MICROSECOND,"
@@ -1896,9 +1804,8 @@ class Desk:
                    duration = ELT(FIELD(seq, {', '.join(map(str, seqs))}), {durations}),
                    attempts = attempts - %(given_back)s,
                    attempts_max = COALESCE(%(grant)s, attempts_max),
-                   losses = %(losses)s,
-                   exit_code = %(exit_code)s, reason = %(reason)s,
-                   token = NULL, cancel_requested_at = NULL
+                   losses = %(losses)s, exit_code = %(exit_code)s,
+                   reason = %(reason)s, token = NULL, cancel_requested_at = NULL
              WHERE state = 'processing' AND seq IN %(seqs)s
                AND COALESCE(token, '') IN %(tokens)s
             """,
@@ -1910,12 +1817,9 @@ class Desk:
     def _write_history(self, cursor: Cursor, changes: Sequence[Change]) -> None:
         insert_rows(
             cursor, self.database.packet_bytes,
-            """
-            INSERT INTO runs (job, run, attempt, worker, started_at, finished_at,
-                              duration, exit_code, reason, detail, output, output_bytes)
-            VALUES
-            """,
-            [("(%s, %s, %s, %s, %s, UTC_TIMESTAMP(6), %s, %s, %s, %s, %s, %s)",
+            "INSERT INTO runs (job, run, attempt, worker, started_at, duration, "
+            "exit_code, reason, detail, output, output_bytes, finished_at) VALUES",
+            [("(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, UTC_TIMESTAMP(6))",
               (held.seq, held.run, held.attempts, held.worker, held.started_at,
                end.duration_s, end.exit_code, end.reason,
                end.detail[:DETAIL_MAX] or None, end.output or None, end.output_bytes))
@@ -1951,84 +1855,72 @@ class Desk:
         skip_locked = "SKIP LOCKED" if self.database.skip_locked(cursor) else ""
         for state in (State.SCHEDULED, State.FAILED):
             cursor.execute(
-                f"""
-                SELECT seq FROM jobs FORCE INDEX (jobs_due)
-                 WHERE state = %s AND next_run_at <= UTC_TIMESTAMP(6)
-                 ORDER BY next_run_at LIMIT {PROMOTED_AT_ONCE} FOR UPDATE {skip_locked}
-                """, (state,))
-            seqs = [int(row[0]) for row in cursor.fetchall()]
+                "SELECT seq FROM jobs FORCE INDEX (jobs_due) "
+                "WHERE state = %s AND next_run_at <= UTC_TIMESTAMP(6) "
+                f"ORDER BY next_run_at LIMIT {PROMOTED_AT_ONCE} "
+                f"FOR UPDATE {skip_locked}", (state,))
+            seqs = [row[0] for row in cursor.fetchall()]
             if seqs:
                 cursor.execute(
-                    f"""
-                    UPDATE jobs FORCE INDEX (PRIMARY) SET state = %s
-                     WHERE state = %s AND seq IN ({placeholders(seqs)})
-                    """, (MOVES["release"].to, state, *seqs))
+                    "UPDATE jobs FORCE INDEX (PRIMARY) SET state = %s "
+                    f"WHERE state = %s AND seq IN ({placeholders(seqs)})",
+                    (MOVES["release"].to, state, *seqs))
             cursor.execute(
-                """
-                SELECT TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), next_run_at)
-                  FROM jobs FORCE INDEX (jobs_due)
-                 WHERE state = %s ORDER BY next_run_at LIMIT 1
-                """, (state,))
+                "SELECT TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), next_run_at) "
+                "FROM jobs FORCE INDEX (jobs_due) "
+                "WHERE state = %s ORDER BY next_run_at LIMIT 1", (state,))
             row = cursor.fetchone()
-            if row:
-                # A due row that stays is in a neighbour's promotion: no hurry for us.
-                due_s = min(due_s, int(row[0]) / 1e6 if int(row[0]) > 0 else 1.0)
             if len(seqs) == PROMOTED_AT_ONCE:
                 due_s = 0.0
+            elif row:
+                # A due row that stays is in a neighbour's promotion: no hurry for us.
+                due_s = min(due_s, row[0] / 1e6 if row[0] > 0 else 1.0)
         return due_s
 
-    def _claim(self, cursor: Cursor, ask: Ask, token: str) -> None:
+    def _claim(self, cursor: Cursor, ask: Ask) -> None:
         """Mark up to `free` jobs with the token, shared over the queues with some."""
         if not self.me.queues and (ask.look or not self._queues):
             self._queues = waiting_queues(cursor)
         if not self._queues:
             return
         self._queues.append(self._queues.pop(0))
-        share = -(-ask.free // len(self._queues))
-        idle, take = not ask.running, self._take
-        for per_queue in (share, ask.free):
+        share, idle = -(-ask.free // len(self._queues)), not ask.running
+        for at_most in sorted({share, ask.free}):  # to each its share, then the rest
             for name in self._queues:
-                wanted = min(per_queue, ask.free - len(self._marked))
-                if wanted > 0 and not take(cursor, name, wanted, idle, token):
+                wanted = min(at_most, ask.free - len(self._marked))
+                if wanted > 0 and not self._take(cursor, name, wanted, idle):
                     return
-            if len(self._queues) == 1:
-                return
 
-    def _take(self, cursor: Cursor, name: str, wanted: int, idle: bool,
-              token: str) -> bool:
+    def _take(self, cursor: Cursor, name: str, wanted: int, idle: bool) -> bool:
         """Mark jobs of one queue; False when nothing beside them may be claimed.
 
         A job that must run alone is taken only by a process with no other run; one that
         has others takes nothing behind it, so that it comes to that.
         """
         if not self.database.skip_locked(cursor) or not self._use_skip_locked:
-            return self._take_by_update(cursor, name, wanted, idle, token)
+            return self._take_by_update(cursor, name, wanted, idle)
         cursor.execute(
-            """
-            SELECT seq, losses FROM jobs FORCE INDEX (jobs_claim)
-             WHERE state = 'pending' AND queue = %s
-             ORDER BY claim_order, seq LIMIT %s FOR UPDATE SKIP LOCKED
-            """, (name, wanted))
+            "SELECT seq, losses FROM jobs FORCE INDEX (jobs_claim) "
+            "WHERE state = 'pending' AND queue = %s "
+            "ORDER BY claim_order, seq LIMIT %s FOR UPDATE SKIP LOCKED", (name, wanted))
         seqs: list[int] = []
-        more = True
+        alone = False
         for seq, losses in cursor.fetchall():
-            if int(losses) >= ALONE_AFTER_LOSSES:
-                more = False
-                if idle and not seqs and not self._marked:
-                    seqs.append(int(seq))
+            alone = losses >= ALONE_AFTER_LOSSES
+            if not alone or (idle and not seqs and not self._marked):
+                seqs.append(seq)
+            if alone:
                 break
-            seqs.append(int(seq))
         if seqs:
             cursor.execute(
-                f"""
-                UPDATE jobs FORCE INDEX (PRIMARY) {CLAIM_ASSIGNMENTS}
-                 WHERE state = 'pending' AND seq IN ({placeholders(seqs)})
-                """, (token, self.me.id, *seqs))
+                f"UPDATE jobs FORCE INDEX (PRIMARY) {CLAIM_ASSIGNMENTS} "
+                f"WHERE state = 'pending' AND seq IN ({placeholders(seqs)})",
+                (self._token, self.me.id, *seqs))
             self._marked += seqs
-        return more
+        return not alone
 
-    def _take_by_update(self, cursor: Cursor, name: str, wanted: int, idle: bool,
-                        token: str) -> bool:
+    def _take_by_update(self, cursor: Cursor, name: str, wanted: int,
+                        idle: bool) -> bool:
         """The claim without SKIP LOCKED: one guarded UPDATE, then a read by token.
 
         A job that must run alone waits until a process is idle and nothing else waits.
@@ -2038,131 +1930,120 @@ class Desk:
             kinds.append((">=", 1))
         for comparison, limit in kinds:
             cursor.execute(
-                f"""
-                UPDATE jobs FORCE INDEX (jobs_claim) {CLAIM_ASSIGNMENTS}
-                 WHERE state = 'pending' AND queue = %s
-                   AND losses {comparison} {ALONE_AFTER_LOSSES}
-                 ORDER BY claim_order, seq LIMIT {limit}
-                """, (token, self.me.id, name))
+                f"UPDATE jobs FORCE INDEX (jobs_claim) {CLAIM_ASSIGNMENTS} "
+                "WHERE state = 'pending' AND queue = %s "
+                f"AND losses {comparison} {ALONE_AFTER_LOSSES} "
+                f"ORDER BY claim_order, seq LIMIT {limit}",
+                (self._token, self.me.id, name))
             if cursor.rowcount:
                 break
-        cursor.execute(
-            """
-            SELECT seq, losses FROM jobs FORCE INDEX (jobs_due)
-             WHERE state = 'processing' AND token = %s
-            """, (token,))
-        rows = cursor.fetchall()
-        self._marked = [int(row[0]) for row in rows]
-        return all(int(row[1]) < ALONE_AFTER_LOSSES for row in rows)
+        cursor.execute("SELECT seq, losses FROM jobs FORCE INDEX (jobs_due) "
+                       "WHERE state = 'processing' AND token = %s", (self._token,))
+        marked: dict[int, int] = dict(cursor.fetchall())
+        self._marked = list(marked)
+        return all(losses < ALONE_AFTER_LOSSES for losses in marked.values())
 
-    def _read_claimed(self, cursor: Cursor, token: str) -> list[Job]:
+    def _read_claimed(self, cursor: Cursor) -> list[Job]:
         """The jobs that carry our token after COMMIT: only these may start."""
         if not self._marked:
             return []
+        only = f"seq IN ({placeholders(self._marked)}) AND token = %s"
+        return self._read_jobs(cursor, "PRIMARY", f"{only} ORDER BY claim_order, seq",
+                               [*self._marked, self._token])
+
+    def _read_jobs(self, cursor: Cursor, index: str, only: str,
+                   values: Sequence[object]) -> list[Job]:
+        """The processing jobs that `only` names, NULLs filled from the settings."""
+        settings = self.settings
         cursor.execute(
             f"""
-            SELECT {HELD_COLUMNS}, command, queue, cwd, env, timeout
-              FROM jobs FORCE INDEX (PRIMARY)
-             WHERE seq IN ({placeholders(self._marked)}) AND token = %s
-               AND state = 'processing'
-             ORDER BY claim_order, seq
-            """, (*self._marked, token))
+            SELECT seq, id, token, runs, attempts, attempts_max, max_retries, losses,
+                   backoff_base, permanent_exit_codes, on_lost,
+                   cancel_requested_at IS NOT NULL, worker, started_at, command, queue,
+                   cwd, env, timeout
+              FROM jobs FORCE INDEX ({index}) WHERE state = 'processing' AND {only}
+            """, values)
         jobs = []
-        for row in cursor.fetchall():
-            *held, command, queue_name, cwd, env, timeout = row
-            limit, name = (self.settings.job_timeout, "setting job_timeout")
-            if timeout is not None:
-                limit, name = float(timeout), "the job's timeout"
-            jobs.append(Job(held_from(tuple(held), self.settings), str(command),
-                            str(queue_name), cwd, env, limit, name))
+        for (seq, job_id, token, run, attempts, allowed, retries, losses, base, codes,
+             on_lost, cancel, worker, started_at, command, queue_name, cwd, env,
+             timeout) in cursor.fetchall():
+            if allowed is None:
+                allowed = (settings.max_retries if retries is None else retries) + 1
+            permanent = settings.permanent_exit_codes
+            if codes is not None:
+                with contextlib.suppress(ValueError):
+                    permanent = read_codes(codes)
+            held = Held(
+                seq, job_id, str(token or ""), run, attempts, allowed, losses,
+                settings.backoff_base if base is None else max(1.0, base), permanent,
+                on_lost or settings.on_lost, bool(cancel), str(worker), started_at)
+            limit_s, named = timeout, "the job's timeout"
+            if timeout is None:
+                limit_s, named = settings.job_timeout, "setting job_timeout"
+            jobs.append(Job(held, command, queue_name, cwd, env, limit_s, named))
         return jobs
 
     # -- look around
 
-    def _look(self, cursor: Cursor, ask: Ask, token: str) -> Look:
+    def _look(self, cursor: Cursor, ask: Ask) -> Look:
         cursor.execute(
-            """
-            SELECT seq, token, cancel_requested_at IS NOT NULL
-              FROM jobs FORCE INDEX (jobs_due)
-             WHERE state = 'processing' AND worker = %s
-            """, (self.me.id,))
-        rows = [((int(row[0]), str(row[1])), bool(row[2])) for row in cursor.fetchall()]
+            "SELECT seq, token, cancel_requested_at IS NOT NULL "
+            "FROM jobs FORCE INDEX (jobs_due) "
+            "WHERE state = 'processing' AND worker = %s", (self.me.id,))
+        runs = {(seq, str(held)): bool(asked) for seq, held, asked in cursor.fetchall()}
         known = {*ask.running, *((held.seq, held.token) for held, _ in ask.ended)}
-        unknown = [seq for (seq, held), _ in rows
-                   if held != token and (seq, held) not in known]
-        if unknown:
-            self._end_unrun(cursor, unknown)
-        cursor.execute("SELECT `key`, value FROM config")
-        config = {str(row[0]): str(row[1]) for row in cursor.fetchall()}
-        cancelled = frozenset(run for run, wanted in rows if wanted)
-        return Look(cancelled, config, ask.drain and not rows and self._drained(cursor))
-
-    def _end_unrun(self, cursor: Cursor, seqs: Sequence[int]) -> None:
-        """Hand back rows under our name that we do not run: a read-back failed."""
-        cursor.execute(
-            f"SELECT {HELD_COLUMNS} FROM jobs FORCE INDEX (PRIMARY) "
-            f"WHERE worker = %s AND seq IN ({placeholders(seqs)})", (self.me.id, *seqs))
-        held = [held_from(row, self.settings) for row in cursor.fetchall()]
-        self.database.transact(lambda inner: len(self._settle(
-            inner, [(one, End(Reason.HANDED_BACK)) for one in held])))
+        unrun = [seq for seq, held in runs.keys() - known if held != self._token]
+        if unrun:  # a read-back failed: hand back what is under our name
+            jobs = self._read_jobs(
+                cursor, "PRIMARY", f"worker = %s AND seq IN ({placeholders(unrun)})",
+                (self.me.id, *unrun))
+            self._settle_now([(job.held, End(Reason.HANDED_BACK)) for job in jobs])
+        cancelled = frozenset(run for run, asked in runs.items() if asked)
+        drained = ask.drain and not runs and self._drained(cursor)
+        return Look(cancelled, config_rows(cursor), drained)
 
     def _drained(self, cursor: Cursor) -> bool:
         """Whether our queues, paused ones aside, hold nothing that may still run."""
         names = self.me.queues
         only = f"AND queue IN ({placeholders(names)})" if names else ""
-        for state in (State.PENDING, State.FAILED, State.PROCESSING):
-            cursor.execute(
-                f"""
-                SELECT 1 FROM jobs
-                 WHERE state = %s {only} AND queue NOT IN
-                       (SELECT name FROM queues WHERE paused_at IS NOT NULL)
-                 LIMIT 1
-                """, (state, *names))
-            if cursor.fetchone():
-                return False
-        return True
+        cursor.execute(
+            "SELECT 1 FROM jobs WHERE state IN ('pending', 'failed', 'processing') "
+            f"{only} AND queue NOT IN "
+            "(SELECT name FROM queues WHERE paused_at IS NOT NULL) LIMIT 1", names)
+        return not cursor.fetchone()
 
     # -- the other workers
 
     def _look_after_others(self) -> list[str]:
         """Judge the others by their beats, and take over what has no live worker."""
-        def beats(cursor: Cursor) -> dict[str, tuple[int, float]]:
+        def survey(cursor: Cursor) -> tuple[Beats, list[str | None], list[Row]]:
             cursor.execute("SELECT id, beat, lease FROM workers "
                            "WHERE lost_at IS NULL AND id <> %s", (self.me.id,))
-            return {str(worker): (int(beat), float(lease_s))
-                    for worker, beat, lease_s in cursor.fetchall()}
-
-        def strays(cursor: Cursor) -> list[str | None]:
+            beats = {worker: (beat, lease) for worker, beat, lease in cursor.fetchall()}
             cursor.execute(
-                """
-                SELECT DISTINCT jobs.worker FROM jobs FORCE INDEX (jobs_due)
-                  LEFT JOIN workers ON workers.id = jobs.worker AND lost_at IS NULL
-                 WHERE jobs.state = 'processing' AND workers.id IS NULL
-                """)
-            return [row[0] for row in cursor.fetchall()]
-
-        def forget(cursor: Cursor) -> int:
-            # By id: a DELETE that scans would wait for every worker that is in a turn.
+                "SELECT DISTINCT jobs.worker FROM jobs FORCE INDEX (jobs_due) "
+                "LEFT JOIN workers ON workers.id = jobs.worker AND lost_at IS NULL "
+                "WHERE jobs.state = 'processing' AND workers.id IS NULL")
+            strays = [row[0] for row in cursor.fetchall()]
             cursor.execute("SELECT id FROM workers "
                            "WHERE lost_at < UTC_TIMESTAMP(6) - INTERVAL 1 DAY")
-            return sum(cursor.execute("DELETE FROM workers WHERE id = %s", row)
-                       for row in cursor.fetchall())
+            return beats, strays, list(cursor.fetchall())
 
-        seen = self.database.read(beats)
-        heartbeat_s = self.settings.heartbeat
-        lost = self._judge.observe(time.monotonic(), seen, heartbeat_s)
+        seen, strays, forgotten = self.database.read(survey)
         notes = []
+        lost = self._judge.observe(time.monotonic(), seen, self.settings.heartbeat)
         for worker, beat in lost.items():
             taken = self.take_over(worker, beat)
             if taken is not None:
                 silence = say_duration(seen[worker][1])
                 notes.append(f"worker {worker} is lost, no beat for {silence}; {taken} "
                              "runs taken over")
-        for stray in self.database.read(strays):
+        for stray in strays:
             taken = self.take_over(stray, None)
             if taken:
                 notes.append(f"worker {stray} has no live row; {taken} runs taken over")
-        self.database.read(forget)
+        for row in forgotten:  # by id: a scan would wait for all who are in a turn
+            execute(self.database, "DELETE FROM workers WHERE id = %s", *row)
         return notes
 
     def take_over(self, worker: str | None, beat: int | None) -> int | None:
@@ -2178,22 +2059,17 @@ class Desk:
             cursor.execute("SELECT beat FROM workers WHERE id <=> %s "
                            f"AND lost_at IS NULL FOR UPDATE {skip}", (worker,))
             row = cursor.fetchone()
-            if (row is None) != (beat is None) and beat != -1:
+            if beat != -1 and beat != (row[0] if row else None):
                 return None
-            if row and beat not in (-1, int(row[0])):
-                return None
-            cursor.execute("UPDATE workers SET lost_at = UTC_TIMESTAMP(6) "
-                           "WHERE id <=> %s AND lost_at IS NULL", (worker,))
             cursor.execute(
-                f"""
-                SELECT {HELD_COLUMNS} FROM jobs FORCE INDEX (jobs_due)
-                 WHERE state = 'processing' AND worker <=> %s FOR UPDATE
-                """, (worker,))
-            runs = [held_from(one, self.settings) for one in cursor.fetchall()]
-            changes = [self._decide(held, End(Reason.LOST), held.cancel_requested)
-                       for held in runs]
-            self._carry_out(cursor, changes)
-            return len(changes)
+                "UPDATE workers SET lost_at = UTC_TIMESTAMP(6), state = 'lost' "
+                "WHERE id <=> %s AND lost_at IS NULL", (worker,))
+            jobs = self._read_jobs(cursor, "jobs_due", "worker <=> %s FOR UPDATE",
+                                   (worker,))
+            self._carry_out(cursor, [
+                self._decide(job.held, End(Reason.LOST), job.held.cancel_requested)
+                for job in jobs])
+            return len(jobs)
 
         return self.database.transact(work)
 
@@ -2201,9 +2077,14 @@ class Desk:
         """Workers whose process (pid, identity) is `gone`, with their runs' marks."""
         def work(cursor: Cursor) -> dict[str, list[str]]:
             cursor.execute("SELECT id, pid, process FROM workers WHERE lost_at IS NULL")
-            found = [str(row[0]) for row in cursor.fetchall()
-                     if gone(int(row[1]), str(row[2]))]
-            return {worker: _marks_of(cursor, worker) for worker in found}
+            marks: dict[str, list[str]] = {
+                worker: [] for worker, pid, process in cursor.fetchall()
+                if gone(pid, process)}
+            for worker, found in marks.items():
+                cursor.execute("SELECT token, seq FROM jobs FORCE INDEX (jobs_due) "
+                               "WHERE state = 'processing' AND worker = %s", (worker,))
+                found += [f"{token}-{seq}" for token, seq in cursor.fetchall()]
+            return marks
 
         return self.database.read(work)
 
@@ -2212,25 +2093,17 @@ class Desk:
     def register(self) -> None:
         """Enter this worker; the same row twice is one."""
         me = self.me
-
-        def work(cursor: Cursor) -> None:
-            cursor.execute(
-                """
-                INSERT INTO workers (id, host, pid, supervisor, process, slots, queues,
-                                     lease)
-                VALUES (%s, %s, %s, %s, %s, %s, %s, %s)
-                ON DUPLICATE KEY UPDATE slots = VALUES(slots)
-                """, (me.id, me.host, me.pid, me.supervisor, me.process, me.slots,
-                      ",".join(me.queues) or None, self.settings.lease_s))
-
-        self.database.read(work)
+        values = (me.id, me.host, me.pid, me.supervisor, me.process, me.slots,
+                  ",".join(me.queues) or None, self.settings.lease_s)
+        execute(
+            self.database,
+            "INSERT INTO workers (id, host, pid, supervisor, process, slots, queues, "
+            f"lease) VALUES ({placeholders(values)}) "
+            "ON DUPLICATE KEY UPDATE slots = VALUES(slots)", *values)
 
     def retire(self) -> None:
         """Remove this worker's row: it holds nothing any more."""
-        def work(cursor: Cursor) -> None:
-            cursor.execute("DELETE FROM workers WHERE id = %s", (self.me.id,))
-
-        self.database.read(work)
+        execute(self.database, "DELETE FROM workers WHERE id = %s", self.me.id)
 
 
 CLAIM_ASSIGNMENTS = """
@@ -2242,31 +2115,25 @@ CLAIM_ASSIGNMENTS = """
 def waiting_queues(cursor: Cursor) -> list[str]:
     """The queues with pending jobs, by one index seek each."""
     found: list[str] = []
-    last = ""
     while True:
         cursor.execute(
-            """
-            SELECT queue FROM jobs FORCE INDEX (jobs_claim)
-             WHERE state = 'pending' AND queue > %s ORDER BY queue LIMIT 1
-            """, (last,))
+            "SELECT queue FROM jobs FORCE INDEX (jobs_claim) WHERE state = 'pending' "
+            "AND queue > %s ORDER BY queue LIMIT 1", (found[-1] if found else "",))
         row = cursor.fetchone()
         if not row:
             return found
-        last = str(row[0])
-        found.append(last)
+        found.append(row[0])
 
 
-def _marks_of(cursor: Cursor, worker: str) -> list[str]:
-    cursor.execute("SELECT token, seq FROM jobs FORCE INDEX (jobs_due) "
-                   "WHERE state = 'processing' AND worker = %s", (worker,))
-    return [f"{row[0]}-{row[1]}" for row in cursor.fetchall()]
+def config_rows(cursor: Cursor) -> dict[str, str]:
+    cursor.execute("SELECT `key`, value FROM config")
+    return dict(cursor.fetchall())
 
 
 def last_line(end: End) -> str | None:
     """The last line that says something, for the dead letter."""
-    lines = end.output[-4096:].decode("utf-8", "replace").split("\n")
-    said = [line.strip() for line in lines if line.strip()]
-    return (said[-1] if said else end.detail)[:LAST_LINE_MAX] or None
+    text = end.output[-4096:].decode("utf-8", "replace").strip()
+    return (text.split("\n")[-1].strip() or end.detail)[:LAST_LINE_MAX] or None
 
 
 # ---- looking -----------------------------------------------------------------
@@ -2286,11 +2153,6 @@ def say_time(moment: object) -> str | None:
     if not isinstance(moment, datetime.datetime):
         return None
     return moment.isoformat(timespec="milliseconds") + "Z"
-
-
-def _fields_of(record: View | Run, but: Collection[str]) -> dict[str, Json]:
-    return {field.name: getattr(record, field.name)
-            for field in dataclasses.fields(record) if field.name not in but}
 
 
 @dataclass(frozen=True)
@@ -2317,23 +2179,8 @@ class View:
     worker: str | None
 
     def as_json(self) -> dict[str, Json]:
-        return _fields_of(self, ("seq", "allowed"))
-
-
-def _view_from(row: Row, settings: Settings) -> View:
-    (seq, job_id, command, queue_name, state, priority, attempts, allowed, retries,
-     timeout, due, created, started, finished, took, exit_code, reason, worker) = row
-    retries = settings.max_retries if retries is None else int(str(retries))
-    return View(
-        int(str(seq)), str(job_id), str(command), str(queue_name), State(str(state)),
-        int(str(priority)), int(str(attempts)),
-        retries + 1 if allowed is None else int(str(allowed)), retries,
-        settings.job_timeout if timeout is None else float(str(timeout)),
-        say_time(due), say_time(created), say_time(started), say_time(finished),
-        None if took is None else float(str(took)),
-        None if exit_code is None else int(str(exit_code)),
-        None if reason is None else str(reason),
-        None if worker is None else str(worker))
+        return {name: value for name, value in vars(self).items()
+                if name not in ("seq", "allowed")}
 
 
 @dataclass(frozen=True)
@@ -2351,7 +2198,7 @@ class Run:
     detail: str | None
 
     def as_json(self) -> dict[str, Json]:
-        return _fields_of(self, ("run",))
+        return {name: value for name, value in vars(self).items() if name != "run"}
 
 
 @dataclass(frozen=True)
@@ -2387,23 +2234,20 @@ class Office:
              limit: int) -> Iterator[View]:
         """The newest jobs first, read page by page; 0: all."""
         where, values = self._filter(state, queue_name)
-
-        def page(cursor: Cursor, below: int, size: int) -> list[View]:
-            cursor.execute(
-                f"""
-                SELECT {VIEW_COLUMNS} FROM jobs WHERE seq < %s {where}
-                 ORDER BY seq DESC LIMIT %s
-                """, (below, *values, size))
-            return [_view_from(row, self.settings) for row in cursor.fetchall()]
-
         left, below = limit or sys.maxsize, 1 << 63
+
+        def page(cursor: Cursor) -> list[View]:
+            cursor.execute(
+                f"SELECT {VIEW_COLUMNS} FROM jobs WHERE seq < %s {where} "
+                "ORDER BY seq DESC LIMIT %s", (below, *values, min(PAGE, left)))
+            return [view for view, _ in self._views(cursor)]
+
         while left > 0:
-            size = min(PAGE, left)
-            views = self.database.read(functools.partial(page, below=below, size=size))
+            views = self.database.read(page)
             yield from views
-            if len(views) < size:
+            if len(views) < min(PAGE, left):
                 return
-            left, below = left - size, views[-1].seq
+            left, below = left - len(views), views[-1].seq
 
     def count(self, state: str | None, queue_name: str | None) -> int:
         where, values = self._filter(state, queue_name)
@@ -2415,40 +2259,57 @@ class Office:
         return (" ".join(text for text, value in parts if value),
                 [value for _, value in parts if value])
 
-    def _count(self, source: str, values: Sequence[object] = ()) -> int:
+    def _count(self, source: str, values: Sequence[object] = (), most: int = 0) -> int:
+        """How many rows; counting stops at `most`, 0: never."""
+        if most:
+            source = f"(SELECT 1 FROM {source} LIMIT {most}) AS some"
+
         def work(cursor: Cursor) -> int:
-            cursor.execute(f"SELECT COUNT(*) FROM {source}", tuple(values))
+            cursor.execute(f"SELECT COUNT(*) FROM {source}", values)
             return int(str(_single(cursor)))
 
         return self.database.read(work)
+
+    def _views(self, cursor: Cursor) -> Iterator[tuple[View, list[object]]]:
+        """The rows that begin with VIEW_COLUMNS, each with what follows there."""
+        for (seq, job_id, command, queue_name, state, priority, attempts, allowed,
+             retries, timeout, due, created, started, finished, took, exit_code, reason,
+             worker, *more) in cursor.fetchall():
+            if retries is None:
+                retries = self.settings.max_retries
+            yield View(
+                seq, job_id, command, queue_name, State(state), priority, attempts,
+                retries + 1 if allowed is None else allowed, retries,
+                self.settings.job_timeout if timeout is None else timeout,
+                say_time(due), say_time(created), say_time(started), say_time(finished),
+                took, exit_code, reason, worker), more
 
     def whole(self, job_id: str) -> Whole:
         """Everything about one job; Problem if there is none."""
         def work(cursor: Cursor) -> Whole | None:
             cursor.execute(f"SELECT {VIEW_COLUMNS}, cwd, env FROM jobs WHERE id = %s",
                            (job_id,))
-            row = cursor.fetchone()
+            row = next(self._views(cursor), None)
             if not row:
                 return None
-            view = _view_from(row[:-2], self.settings)
+            view, (cwd, env) = row
             cursor.execute(
-                """
-                SELECT run, attempt, worker, started_at, finished_at, duration,
-                       exit_code, reason, detail
-                  FROM runs WHERE job = %s ORDER BY run
-                """, (view.seq,))
-            history = [Run(int(one[0]), int(one[1]), one[2], say_time(one[3]),
-                           say_time(one[4]), *one[5:]) for one in cursor.fetchall()]
+                "SELECT run, attempt, worker, started_at, finished_at, duration, "
+                "exit_code, reason, detail "
+                "FROM runs WHERE job = %s ORDER BY run", (view.seq,))
+            history = [
+                Run(run, attempt, worker, say_time(started), say_time(finished), *how)
+                for run, attempt, worker, started, finished, *how in cursor.fetchall()]
             cursor.execute("SELECT output, output_bytes FROM runs WHERE job = %s "
                            "ORDER BY run DESC LIMIT 1", (view.seq,))
             output, size = cursor.fetchone() or (b"", 0)
             cursor.execute("SELECT id FROM jobs JOIN dependencies ON seq = parent "
                            "WHERE child = %s ORDER BY seq", (view.seq,))
-            after = [str(one[0]) for one in cursor.fetchall()]
-            return Whole(view, row[-2], _env_of(row[-1]), after, history,
-                         bytes(output or b""), int(size))
+            after = [row[0] for row in cursor.fetchall()]
+            return Whole(view, None if cwd is None else str(cwd), _env_of(env), after,
+                         history, output or b"", size)
 
-        found = self.database.read(work) if JOB_ID_FORM.fullmatch(job_id) else None
+        found = self.database.read(work) if NAME.fullmatch(job_id) else None
         if found is None:
             raise no_such_job(job_id)
         return found
@@ -2457,12 +2318,10 @@ class Office:
         """The dead jobs, the last to die first, each with the time of its death."""
         def work(cursor: Cursor) -> list[tuple[View, str | None]]:
             cursor.execute(
-                f"""
-                SELECT {VIEW_COLUMNS}, died_at FROM dlq JOIN jobs ON jobs.seq = dlq.seq
-                 ORDER BY died_at DESC, dlq.seq DESC LIMIT %s
-                """, (limit or 1 << 63,))
-            return [(_view_from(row[:-1], self.settings), say_time(row[-1]))
-                    for row in cursor.fetchall()]
+                f"SELECT {VIEW_COLUMNS}, died_at "
+                "FROM dlq JOIN jobs ON jobs.seq = dlq.seq "
+                "ORDER BY died_at DESC, dlq.seq DESC LIMIT %s", (limit or 1 << 63,))
+            return [(view, say_time(died)) for view, (died,) in self._views(cursor)]
 
         return self.database.read(work)
 
@@ -2471,47 +2330,37 @@ class Office:
 
     def states(self, exact: bool) -> tuple[dict[str, int], list[str]]:
         """Jobs in each state, and the states whose count stops at COUNTED_UP_TO."""
-        counts, capped = {}, []
-        for state in State:
-            source = "jobs WHERE state = %s"
-            if not exact:
-                source = f"(SELECT 1 FROM {source} LIMIT {COUNTED_UP_TO + 1}) AS some"
-            counts[str(state)] = self._count(source, [state])
-            if not exact and counts[str(state)] > COUNTED_UP_TO:
-                counts[str(state)] = COUNTED_UP_TO
-                capped.append(str(state))
-        return counts, capped
+        most = 0 if exact else COUNTED_UP_TO + 1
+        counts = {str(state): self._count("jobs WHERE state = %s", [state], most)
+                  for state in State}
+        capped = [state for state, count in counts.items()
+                  if most and count == most]
+        return {**counts, **dict.fromkeys(capped, COUNTED_UP_TO)}, capped
 
     def queues(self) -> list[dict[str, Json]]:
         """The queues with pending or processing jobs, with how many."""
-        def work(cursor: Cursor) -> list[dict[str, Json]]:
+        def running(cursor: Cursor) -> dict[str, int]:
             cursor.execute("SELECT queue, COUNT(*) FROM jobs "
                            "WHERE state = 'processing' GROUP BY queue")
-            processing = {str(row[0]): int(row[1]) for row in cursor.fetchall()}
-            pending = {}
-            for name in waiting_queues(cursor):
-                cursor.execute(
-                    "SELECT COUNT(*) FROM (SELECT 1 FROM jobs WHERE state = 'pending' "
-                    f"AND queue = %s LIMIT {COUNTED_UP_TO}) AS some", (name,))
-                pending[name] = int(str(_single(cursor)))
-            return [{"queue": name, str(State.PENDING): pending.get(name, 0),
-                     str(State.PROCESSING): processing.get(name, 0)}
-                    for name in sorted({*pending, *processing})]
+            return dict(cursor.fetchall())
 
-        return self.database.read(work)
+        processing = self.database.read(running)
+        waiting = "jobs WHERE state = 'pending' AND queue = %s"
+        pending = {name: self._count(waiting, [name], COUNTED_UP_TO)
+                   for name in self.database.read(waiting_queues)}
+        return [{"queue": name, str(State.PENDING): pending.get(name, 0),
+                 str(State.PROCESSING): processing.get(name, 0)}
+                for name in sorted({*pending, *processing})]
 
     def workers(self) -> list[dict[str, Json]]:
         """The workers that are not lost; `silent`: no beat for longer than a lease."""
         def work(cursor: Cursor) -> list[dict[str, Json]]:
             cursor.execute(
-                """
-                SELECT id, host, pid, slots, busy, queues, heartbeat_at,
-                       IF(heartbeat_at < UTC_TIMESTAMP(6) - INTERVAL lease SECOND,
-                          'silent', state)
-                  FROM workers WHERE lost_at IS NULL ORDER BY host, pid
-                """)
-            return [{"id": worker, "host": host, "pid": int(pid), "slots": int(slots),
-                     "busy": int(busy), "queues": queues.split(",") if queues else [],
+                "SELECT id, host, pid, slots, busy, queues, heartbeat_at, "
+                "IF(heartbeat_at < UTC_TIMESTAMP(6) - INTERVAL lease SECOND, 'silent', "
+                "state) FROM workers WHERE lost_at IS NULL ORDER BY host, pid")
+            return [{"id": worker, "host": host, "pid": pid, "slots": slots,
+                     "busy": busy, "queues": queues.split(",") if queues else [],
                      "heartbeat_at": say_time(beat_at), "state": state}
                     for worker, host, pid, slots, busy, queues, beat_at, state
                     in cursor.fetchall()]
@@ -2522,12 +2371,10 @@ class Office:
         """The jobs that the workers of one supervisor run."""
         def work(cursor: Cursor) -> list[str]:
             cursor.execute(
-                """
-                SELECT jobs.id FROM jobs JOIN workers ON workers.id = jobs.worker
-                 WHERE jobs.state = 'processing' AND host = %s AND supervisor = %s
-                   AND lost_at IS NULL ORDER BY seq
-                """, (host, supervisor))
-            return [str(row[0]) for row in cursor.fetchall()]
+                "SELECT jobs.id FROM jobs JOIN workers ON workers.id = jobs.worker "
+                "WHERE jobs.state = 'processing' AND host = %s AND supervisor = %s "
+                "AND lost_at IS NULL ORDER BY seq", (host, supervisor))
+            return [row[0] for row in cursor.fetchall()]
 
         return self.database.read(work)
 
@@ -2538,23 +2385,19 @@ class Office:
         def work(cursor: Cursor, seq: int, state: State) -> Result:
             if state is State.PROCESSING:
                 cursor.execute(
-                    """
-                    UPDATE jobs FORCE INDEX (PRIMARY)
-                       SET cancel_requested_at =
-                           COALESCE(cancel_requested_at, UTC_TIMESTAMP(6))
-                     WHERE seq = %s AND state = 'processing'
-                    """, (seq,))
+                    "UPDATE jobs FORCE INDEX (PRIMARY) SET cancel_requested_at = "
+                    "COALESCE(cancel_requested_at, UTC_TIMESTAMP(6)) "
+                    "WHERE seq = %s AND state = 'processing'", (seq,))
                 return Result(job_id, True, state, None,
                               "is running: its worker ends it")
             if state not in MOVES["cancel"].leaves:
                 return Result(job_id, False, state,
                               f"job {job_id} is {state}: nothing to cancel")
             cursor.execute(
-                """
-                UPDATE jobs FORCE INDEX (PRIMARY)
-                   SET state = %s, reason = %s, finished_at = UTC_TIMESTAMP(6)
-                 WHERE seq = %s AND state = %s
-                """, (MOVES["cancel"].to, Reason.CANCELLED, seq, state))
+                "UPDATE jobs FORCE INDEX (PRIMARY) "
+                "SET state = %s, reason = %s, finished_at = UTC_TIMESTAMP(6) "
+                "WHERE seq = %s AND state = %s",
+                (MOVES["cancel"].to, Reason.CANCELLED, seq, state))
             return Result(job_id, True, MOVES["cancel"].to, None, "is cancelled")
 
         return self._on_one(job_id, work)
@@ -2564,17 +2407,15 @@ class Office:
         times more; with `reset` the count starts again."""
         def work(cursor: Cursor, seq: int, state: State) -> Result:
             if state not in MOVES["revive"].leaves:
-                return Result(job_id, False, state, f"job {job_id} is {state}: "
-                              "only dead jobs are in the dead letter queue")
-            counting = "attempts = 0, attempts_max = NULL" if reset else \
-                f"attempts_max = attempts + {int(retries)}"
+                return Result(job_id, False, state, f"job {job_id} is {state}: only "
+                              "dead jobs are in the dead letter queue")
+            counting = f"attempts_max = attempts + {retries}"
+            if reset:
+                counting = "attempts = 0, attempts_max = NULL"
             cursor.execute(
-                f"""
-                UPDATE jobs FORCE INDEX (PRIMARY)
-                   SET state = %s, {counting}, losses = 0,
-                       next_run_at = UTC_TIMESTAMP(6)
-                 WHERE seq = %s AND state = %s
-                """, (MOVES["revive"].to, seq, state))
+                f"UPDATE jobs FORCE INDEX (PRIMARY) SET state = %s, {counting}, "
+                "losses = 0, next_run_at = UTC_TIMESTAMP(6) "
+                "WHERE seq = %s AND state = %s", (MOVES["revive"].to, seq, state))
             cursor.execute("DELETE FROM dlq WHERE seq = %s", (seq,))
             return Result(job_id, True, MOVES["revive"].to, None, "is pending again")
 
@@ -2604,58 +2445,46 @@ class Office:
                 result.state == State.PENDING and found[1] is not State.DEAD))
             return result if result.ok and stands else None
 
-        if not JOB_ID_FORM.fullmatch(job_id):
+        if not re.fullmatch(NAME, job_id):
             return nothing
         return self.database.transact(work, verify)
 
     def set_config(self, key: str, value: str | None) -> None:
         """Store one setting; None removes it."""
-        def work(cursor: Cursor) -> None:
-            if value is None:
-                cursor.execute("DELETE FROM config WHERE `key` = %s", (key,))
-                return
-            cursor.execute(
-                """
-                INSERT INTO config (`key`, value) VALUES (%s, %s)
-                ON DUPLICATE KEY UPDATE value = VALUES(value),
-                                        changed_at = UTC_TIMESTAMP(6)
-                """, (key, value))
-
-        self.database.read(work)
-
-
-JOB_ID_FORM = re.compile(NAME.pattern + r"(?<!\n)")
+        if value is None:
+            execute(self.database, "DELETE FROM config WHERE `key` = %s", key)
+            return
+        execute(self.database, "INSERT INTO config (`key`, value) VALUES (%s, %s) "
+                "ON DUPLICATE KEY UPDATE value = VALUES(value), "
+                "changed_at = UTC_TIMESTAMP(6)", key, value)
 
 
 def no_such_job(job_id: str) -> Problem:
     return Problem(f"no such job: {excerpt(job_id, 140)}", "see: queuectl list")
 
 
-def _env_of(text: str | None) -> dict[str, str]:
+def _env_of(text: object) -> dict[str, str]:
     with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(text or "{}")
+        found = json.loads(str(text or "{}"))
         if isinstance(found, dict):
-            return {str(name): str(value) for name, value in found.items()}
+            return {name: str(value) for name, value in found.items()}
     return {}
 
 
 def states_of(database: Database, ids: Sequence[str]) -> dict[str, str]:
     """The present states of some jobs."""
     def work(cursor: Cursor) -> dict[str, str]:
-        cursor.execute(f"SELECT id, state FROM jobs WHERE id IN ({placeholders(ids)})",
-                       tuple(ids))
-        return {str(row[0]): str(row[1]) for row in cursor.fetchall()}
+        cursor.execute("SELECT id, state FROM jobs "
+                       f"WHERE id IN ({placeholders(ids)})", ids)
+        return dict(cursor.fetchall())
 
     return database.read(work) if ids else {}
 
 
 def read_config(database: Database) -> dict[str, str]:
     """The config table, less the rows that are not settings."""
-    def work(cursor: Cursor) -> dict[str, str]:
-        cursor.execute("SELECT `key`, value FROM config")
-        return {key: value for key, value in cursor.fetchall() if key in KNOBS}
-
-    return database.read(work)
+    found = database.read(config_rows)
+    return {key: value for key, value in found.items() if key in KNOBS}
 
 
 # ---- runner ------------------------------------------------------------------
@@ -2692,15 +2521,7 @@ class Output:
             return bytes(self._head + self._tail)
         mark = b"\n[queuectl: %d bytes in all, the middle is left out]\n" % self.total
         room = self._tail_max - len(mark)
-        return bytes(self._head + mark + self._tail[len(self._tail) - max(room, 0):])
-
-
-class Phase(enum.Enum):
-    """How far the end of a run has come."""
-
-    RUNNING = 1
-    TERMED = 2
-    KILLED = 3
+        return bytes(self._head + mark + (self._tail[-room:] if room > 0 else b""))
 
 
 class Process:
@@ -2712,17 +2533,15 @@ class Process:
         self.key = (job.held.seq, job.held.token)
         self.mark = f"{job.held.token}-{job.held.seq}"
         self.output = Output(settings.output_limit)
-        self.phase = Phase.RUNNING
         self.cause: Reason | None = None  # why we end it; None: it ends by itself
-        self.status: int | None = None  # its wait status, once it is reaped
-        self.gone = False
+        self.status: int | None = None  # as `reap` gave it
+        self.ending = self.gone = False  # TERM was sent; and nothing of it is left
         self.survivor = 0  # a process that refused our signal
         self.flush_at = math.inf
-        self.flushed_bytes = 0
+        self._flushed_bytes = 0
         self.failure = ""  # why it did not start
-        self.pid = 0
-        self.started = time.monotonic()
-        self.check_at = self.started + job.timeout_s if job.timeout_s else math.inf
+        self.pid, self._started = 0, time.monotonic()
+        self.check_at = self._started + job.timeout_s if job.timeout_s else math.inf
         self._kill_at = math.inf
         self.pipe = write_end = -1
         try:
@@ -2730,157 +2549,142 @@ class Process:
             os.set_blocking(self.pipe, False)
             self.pid = self._spawn(write_end, environment)
         except (OSError, ValueError) as error:
-            self.failure = f"{error}, on {socket.gethostname()}"
-            self.gone = True
+            self.failure, self.gone = f"{error}, on {socket.gethostname()}", True
         finally:
             if write_end >= 0:
                 os.close(write_end)
 
     def _spawn(self, write_end: int, environment: Mapping[bytes, bytes]) -> int:
-        held, cwd = self.job.held, self.job.cwd
-        own = json.loads(_read_env(self.job.env)) if self.job.env else {}
+        held, cwd, own = self.job.held, self.job.cwd, self.job.env
         added = {
             "QUEUECTL_JOB_ID": held.id, "QUEUECTL_ATTEMPT": str(held.attempts),
             "QUEUECTL_MAX_ATTEMPTS": str(held.allowed),
-            "QUEUECTL_QUEUE": self.job.queue, **own, MARK: self.mark}
+            "QUEUECTL_QUEUE": self.job.queue,
+            **(json.loads(_read_env(own)) if own else {}), MARK: self.mark}
+        encoded = {name.encode(): text.encode() for name, text in added.items()}
         shell = subprocess.Popen(
             ["/bin/sh", "-c", self.job.command.encode()], start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=write_end, stderr=subprocess.STDOUT,
-            cwd=cwd.encode() if cwd else None,
-            env={**environment, **{name.encode(): text.encode()
-                                   for name, text in added.items()}})
+            cwd=cwd.encode() if cwd else None, env={**environment, **encoded},
+            stdin=subprocess.DEVNULL, stdout=write_end, stderr=subprocess.STDOUT)
         shell.returncode = 0  # the pid table reaps it, never Popen
         with contextlib.suppress(OSError), \
                 open(f"/proc/{shell.pid}/oom_score_adj", "w") as score:
             score.write(str(OOM_SCORE_ADJ))
         return shell.pid
 
-    def read(self, limit: int = READ_BYTES) -> bool:
-        """Take what the pipe holds, up to `limit` bytes; False at its end."""
+    def read(self) -> bool:
+        """Take some of what the pipe holds; False at its end."""
         try:
-            data = os.read(self.pipe, limit)
+            data = os.read(self.pipe, READ_BYTES)
         except BlockingIOError:
             return True
         if not data:
             return False
-        if not self.output.total:
-            self.flush_at = time.monotonic() + FIRST_FLUSH_S
-        elif math.isinf(self.flush_at):
-            self.flush_at = time.monotonic() + NEXT_FLUSH_S
+        if math.isinf(self.flush_at):
+            pause = NEXT_FLUSH_S if self.output.total else FIRST_FLUSH_S
+            self.flush_at = time.monotonic() + pause
         self.output.add(data)
         return True
 
     def close_pipe(self) -> None:
-        if self.pipe >= 0:
-            # What was written before the end is in the pipe: at most its capacity.
-            for _ in range(32):
-                before = self.output.total
-                if not self.read() or self.output.total == before:
-                    break
-            os.close(self.pipe)
-            self.pipe = -1
+        # What was written before the end is in the pipe: at most its capacity.
+        for _ in range(32):
+            before = self.output.total
+            if not self.read() or self.output.total == before:
+                break
+        os.close(self.pipe)
+        self.pipe = -1
 
     def flush(self) -> Flush | None:
         """The output so far, if there is some that was not flushed."""
         self.flush_at = math.inf
-        if self.output.total == self.flushed_bytes:
+        if self.output.total == self._flushed_bytes:
             return None
-        self.flushed_bytes = self.output.total
+        self._flushed_bytes = self.output.total
         return Flush(self.job.held, self.output.kept(), self.output.total)
 
-    def end(self, cause: Reason) -> None:
+    def end(self, cause: Reason | None) -> None:
         """Begin to end the run: TERM to its group. The first cause stands."""
-        if self.cause is None and not self.gone:
-            self.cause = cause
-        self._term()
-
-    def hurry(self, now: float) -> None:
-        """KILL after kill_grace from now, however long it was to take."""
-        self._kill_at = min(self._kill_at, now + self.settings.kill_grace)
-        self.check_at = min(self.check_at, self._kill_at)
-
-    def _term(self) -> None:
-        if self.phase is not Phase.RUNNING or self.gone:
+        if self.gone:
             return
-        self.phase = Phase.TERMED
-        self._kill_at = time.monotonic() + self.settings.kill_grace
-        self.check_at = time.monotonic() + STRAY_CHECK_S
+        self.cause = self.cause or cause
+        if self.ending:
+            return
+        self.ending, now = True, time.monotonic()
+        self._kill_at = now + self.settings.kill_grace
+        self.check_at = now + STRAY_CHECK_S
         if self.status is None:
             # Not reaped yet, so the group's number cannot belong to anybody else.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGTERM)
         _signal_strays(self.mark, self.pid, signal.SIGTERM)
 
+    def hurry(self, now: float) -> None:
+        """KILL after kill_grace from now, however long it was to take."""
+        self._kill_at = min(self._kill_at, now + self.settings.kill_grace)
+        self.check_at = min(self.check_at, self._kill_at)
+
     def reaped(self, status: int) -> None:
-        """The shell ended: so does the run, once others of its group are gone."""
+        """The shell ended: the run too, unless others of its group must go first."""
         self.status = status
-        self.close_pipe()
-        if self.cause is None and status == 0:
-            self.gone = True
-        elif self.phase is Phase.RUNNING:
-            if _group_exists(self.pid):
-                self._term()
-            else:
-                self.gone = True
-        else:
+        if self.ending:
             self.check_at = 0.0
+        elif status and _exists(-self.pid):
+            self.end(None)
+        else:
+            self.gone = True
 
     def tick(self, now: float) -> None:
         """Act on the time limit, or bring the end a step further."""
         if self.gone or now < self.check_at:
             return
-        if self.phase is Phase.RUNNING:
+        if not self.ending:
             self.end(Reason.TIMEOUT)
             return
-        if now >= self._kill_at:
-            self.phase = Phase.KILLED
-        number = signal.SIGKILL if self.phase is Phase.KILLED else 0
+        number = signal.SIGKILL if now >= self._kill_at else 0
         if self.status is None:
-            if number:
-                try:
-                    os.killpg(self.pid, number)
-                except PermissionError:
-                    self.survivor = self.pid
-                    self.gone = True
-            self.check_at = self._kill_at if not number else now + STRAY_CHECK_S
-        if self.status is not None or number:
-            left, refused = _signal_strays(self.mark, self.pid, number)
-            self.survivor = self.survivor or refused
-            self.gone = self.gone or (self.status is not None and not left)
-            self.check_at = now + STRAY_CHECK_S
+            if not number:
+                self.check_at = self._kill_at
+                return
+            try:
+                os.killpg(self.pid, number)
+            except PermissionError:
+                self.survivor, self.gone = self.pid, True
+        left, refused = _signal_strays(self.mark, self.pid, number)
+        self.survivor = self.survivor or refused
+        self.gone = self.gone or (self.status is not None and not left)
+        self.check_at = now + STRAY_CHECK_S
 
     def outcome(self) -> End:
         """How the run ended; asked once it is gone."""
-        self.close_pipe()
-        took = time.monotonic() - self.started
+        took = time.monotonic() - self._started
         reason, code, detail = self._judge()
         if self.survivor:
-            detail = f"{detail}; process {self.survivor} refused the signal and goes on"
+            detail += f"; process {self.survivor} refused the signal and goes on"
         return End(reason, code, detail.lstrip("; "), took, self.output.kept(),
                    self.output.total)
 
     def _judge(self) -> tuple[Reason, int | None, str]:
+        status, job = self.status, self.job
         if self.failure:
             return Reason.SPAWN, None, self.failure
-        code = None
-        if self.status is not None:
-            ended_by = os.WTERMSIG(self.status) if os.WIFSIGNALED(self.status) else 0
-            code = 128 + ended_by if ended_by else os.WEXITSTATUS(self.status)
         if self.cause is Reason.TIMEOUT:
-            limit = say_duration(self.job.timeout_s)
-            return Reason.TIMEOUT, TIMEOUT_STATUS, \
-                f"timed out after {limit} ({self.job.timeout_name})"
-        if self.cause is not None:
+            limit = f"{say_duration(job.timeout_s)} ({job.timeout_name})"
+            return Reason.TIMEOUT, TIMEOUT_STATUS, f"timed out after {limit}"
+        code = 128 - status if status and status < 0 else status
+        if self.cause:
             return self.cause, code, ""
-        if self.status is None:
+        if status is None:
             return Reason.LOST, None, "its end was not seen"
-        if ended_by:
-            return Reason.SIGNAL, code, f"ended by {_signal_name(ended_by)}"
+        if status < 0:
+            names = {one.value: one.name for one in signal.Signals}
+            name = names.get(-status, f"signal {-status}")
+            return Reason.SIGNAL, code, f"ended by {name}"
+        detail = ""
         if code in (126, 127):
-            return Reason.EXIT, code, (
-                f"in {excerpt(self.job.cwd or _here(), 200)} "
-                f"on {socket.gethostname()}, PATH={os.environ.get('PATH', '')}")
-        return Reason.EXIT, code, ""
+            place = f"{excerpt(job.cwd or _here(), 200)} on {socket.gethostname()}"
+            detail = f"in {place}, PATH={os.environ.get('PATH', '')}"
+        return Reason.EXIT, code, detail
 
 
 def _here() -> str:
@@ -2890,13 +2694,6 @@ def _here() -> str:
         return "a directory that is gone"
 
 
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
 def job_environment(variables: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
     """What jobs inherit: all but ways into the database, tokens, notify sockets."""
     return {name: value for name, value in variables.items()
@@ -2904,15 +2701,13 @@ def job_environment(variables: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
 
 
 def reap() -> Iterator[tuple[int, int]]:
-    """Every child that has ended, (pid, wait status): ours, or adopted."""
-    while True:
-        try:
+    """Each ended child, ours or adopted: its pid, and its exit status or -signal."""
+    with contextlib.suppress(ChildProcessError):
+        while True:
             pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if not pid:
-            return
-        yield pid, status
+            if not pid:
+                return
+            yield pid, os.waitstatus_to_exitcode(status)
 
 
 def become_subreaper() -> None:
@@ -2920,67 +2715,7 @@ def become_subreaper() -> None:
     if sys.platform == "linux":
         import ctypes
 
-        pr_set_child_subreaper = 36
-        ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
-
-
-def _group_exists(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-class _Seen(NamedTuple):
-    """A living process: its session, and whether it carries the mark looked for."""
-
-    session: int
-    marked: bool
-
-
-def _see(pid: int, wanted: bytes) -> _Seen | None:
-    """What /proc says of a process; None if it has ended."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rsplit(b") ", 1)[1].split()
-        if fields[0] in (b"Z", b"X"):
-            return None
-        session, marked = int(fields[3]), False
-        with contextlib.suppress(PermissionError), \
-                open(f"/proc/{pid}/environ", "rb") as file:
-            marked = wanted in file.read().split(b"\0")
-        return _Seen(session, marked)
-    except (OSError, IndexError):
-        return None
-
-
-def _signal_strays(mark: str, session: int, number: int) -> tuple[int, int]:
-    """Signal what is left of a run (0: only look): its session, what carries its mark,
-    and the sessions of that. How many were left, and one that refused (0: none)."""
-    wanted = f"{MARK}={mark}".encode()
-    seen = {pid: one for pid in _all_pids() for one in [_see(pid, wanted)] if one}
-    sessions = {one.session for one in seen.values() if one.marked} | {session}
-    sessions -= {0, os.getsid(0)}
-    left = refused = 0
-    for pid, one in seen.items():
-        if pid == os.getpid() or not (one.marked or one.session in sessions):
-            continue
-        with contextlib.suppress(ProcessLookupError), pinned(pid) as handle:
-            # The number may have passed to a stranger since: look again, then signal.
-            again = _see(pid, wanted)
-            if again and (again.marked or again.session in sessions):
-                left += 1
-                try:
-                    if number and handle >= 0:
-                        signal.pidfd_send_signal(handle, number)
-                    elif number:
-                        os.kill(pid, number)
-                except PermissionError:
-                    left, refused = left - 1, pid
-    return left, refused
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 
 @contextlib.contextmanager
@@ -2988,9 +2723,9 @@ def pinned(pid: int) -> Iterator[int]:
     """A descriptor of a process, -1 where the kernel has none; ProcessLookupError."""
     try:
         handle = os.pidfd_open(pid)
-    except (OSError, AttributeError) as error:
-        if getattr(error, "errno", 0) == errno.ESRCH:
-            raise ProcessLookupError from None
+    except ProcessLookupError:
+        raise
+    except (OSError, AttributeError):
         handle = -1
     try:
         yield handle
@@ -3013,6 +2748,79 @@ def send(pid: int, number: int, handle: int = -1) -> None:
                       "try again as that user or as root") from None
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process is there; a child of ours that has ended is reaped."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+    return _exists(pid)
+
+
+def _exists(target: int) -> bool:
+    """Whether a process is there, be it a zombie; or with -PID a group."""
+    try:
+        os.kill(target, 0)
+    except OSError as error:
+        return error.errno == errno.EPERM
+    return True
+
+
+def _stat(pid: int) -> list[bytes]:
+    """What /proc says of a process, from its state on; OSError if it has ended."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        fields = file.read().rpartition(b") ")[2].split()
+    if not fields or fields[0] in (b"Z", b"X"):
+        raise ProcessLookupError
+    return fields
+
+
+class _Seen(NamedTuple):
+    """A living process: its session, and whether it carries the mark looked for."""
+
+    session: int
+    marked: bool
+
+
+def _see(pid: int, wanted: bytes) -> _Seen | None:
+    """What /proc says of a process; None if it has ended."""
+    try:
+        session, marked = int(_stat(pid)[3]), False
+        with contextlib.suppress(PermissionError), \
+                open(f"/proc/{pid}/environ", "rb") as file:
+            marked = wanted in file.read().split(b"\0")
+        return _Seen(session, marked)
+    except OSError:
+        return None
+
+
+def _signal_strays(mark: str, session: int, number: int) -> tuple[int, int]:
+    """Signal what is left of a run (0: only look): its session, what carries its mark,
+    and the sessions of that. How many were left, and one that refused (0: none)."""
+    wanted = f"{MARK}={mark}".encode()
+    pids: list[int] = []
+    with contextlib.suppress(OSError):  # no /proc here: groups alone are ended
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    seen = {pid: one for pid in pids if (one := _see(pid, wanted))}
+    sessions = {one.session for one in seen.values() if one.marked} | {session}
+    sessions -= {0, os.getsid(0)}
+    left = refused = 0
+    for pid, one in seen.items():
+        if pid == os.getpid() or not (one.marked or one.session in sessions):
+            continue
+        with contextlib.suppress(ProcessLookupError), pinned(pid) as handle:
+            # The number may have passed to a stranger since: look again, then signal.
+            again = _see(pid, wanted)
+            if again and (again.marked or again.session in sessions):
+                left += 1
+                try:
+                    if number and handle >= 0:
+                        signal.pidfd_send_signal(handle, number)
+                    elif number:
+                        os.kill(pid, number)
+                except PermissionError:
+                    left, refused = left - 1, pid
+    return left, refused
+
+
 def holds(pid: int, path: str) -> bool:
     """Whether a process has this file open; True where that cannot be seen."""
     try:
@@ -3026,28 +2834,8 @@ def holds(pid: int, path: str) -> bool:
     return False
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process is there; a child of ours that has ended is reaped."""
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # it is there, and another user's
-    return True
-
-
-def _all_pids() -> list[int]:
-    try:
-        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    except OSError:
-        return []  # no /proc here: groups alone are ended
-
-
 def end_marked(marks: Sequence[str], grace_s: float) -> None:
-    """End what an earlier worker left running of these runs, until it is gone."""
+    """End what an earlier worker left running of these runs; return once it is gone."""
     kill_at = time.monotonic() + grace_s
     number = int(signal.SIGTERM)
     while marks:
@@ -3058,18 +2846,14 @@ def end_marked(marks: Sequence[str], grace_s: float) -> None:
 
 
 def process_identity(pid: int) -> str:
-    """Boot, PID namespace, start time: what makes a pid one process; empty if gone."""
+    """Boot, PID namespace and start time: what makes a pid one process; else empty."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read().strip()
-        space = os.readlink("/proc/self/ns/pid")
-        with open(f"/proc/{pid}/stat", "rb") as stat:
-            fields = stat.read().rsplit(b") ", 1)[1].split()
-    except (OSError, IndexError):
+        space, started = os.readlink("/proc/self/ns/pid"), _stat(pid)[19].decode()
+    except OSError:
         return ""
-    if fields[0] in (b"Z", b"X"):
-        return ""
-    return f"{boot}/{space}/{fields[19].decode()}"
+    return f"{boot}/{space}/{started}"
 
 
 def is_gone(pid: int, identity: str) -> bool:
@@ -3086,27 +2870,24 @@ def is_gone(pid: int, identity: str) -> bool:
 # The loop never waits for the thread, so a hung server delays no time limit, no pipe
 # and no signal. A request is one turn; while it is under way ends gather for the next.
 
-RESULTS_WAIT_S = 30.0
-FORCED_WAIT_S = 0.5
+RESULTS_WAIT_S, NOTHING_TO_SETTLE_WAIT_S = 30.0, 5.0
+FORCED_WAIT_S, ORPHANED_WAIT_S = 0.5, 1.0
 LOOK_WHEN_DRAINING_S = 0.2
-NOTHING_TO_SETTLE_WAIT_S = 5.0
 NOW = signal.SIGUSR1  # from the supervisor: end what runs; a terminal cannot send it
-HANDLED = (signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM,
-           signal.SIGPIPE, NOW)
+HANDLED = (signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT,
+           signal.SIGTERM, signal.SIGPIPE, NOW)
 
 
 class Ledger:
     """The worker's id and the marks of its runs, in memory shared with the supervisor,
     which must know what to end when the worker is killed."""
 
-    CELL = 64
+    CELL = 64  # bytes; the id, whether the worker opened, then a mark for each slot
 
     def __init__(self, slots: int) -> None:
         import mmap
 
         self._memory = mmap.mmap(-1, self.CELL * (slots + 2))
-        self._free = list(range(2, slots + 2))
-        self._cells: dict[str, int] = {}
 
     def sign(self, worker: str) -> None:
         self._write(0, worker)
@@ -3116,24 +2897,23 @@ class Ledger:
         self._write(1, "open")
 
     def note(self, mark: str) -> None:
-        self._cells[mark] = self._free.pop()
-        self._write(self._cells[mark], mark)
+        self._write(self._cells().index("", 2), mark)
 
     def strike(self, mark: str) -> None:
-        cell = self._cells.pop(mark)
-        self._write(cell, "")
-        self._free.append(cell)
-
-    def _write(self, cell: int, text: str) -> None:
-        self._memory[cell * self.CELL:(cell + 1) * self.CELL] = \
-            text.encode().ljust(self.CELL, b"\0")
+        self._write(self._cells().index(mark, 2), "")
 
     def read(self) -> tuple[str, bool, list[str]]:
         """The worker's id, whether it opened, and the marks of its runs."""
-        size = self.CELL
-        cells = [self._memory[at:at + size].rstrip(b"\0").decode()
-                 for at in range(0, len(self._memory), size)]
-        return cells[0], bool(cells[1]), [mark for mark in cells[2:] if mark]
+        worker, opened, *marks = self._cells()
+        return worker, bool(opened), [mark for mark in marks if mark]
+
+    def _write(self, cell: int, text: str) -> None:
+        at, size = cell * self.CELL, self.CELL
+        self._memory[at:at + size] = text.encode().ljust(size, b"\0")
+
+    def _cells(self) -> list[str]:
+        return [self._memory[at:at + self.CELL].rstrip(b"\0").decode()
+                for at in range(0, len(self._memory), self.CELL)]
 
 
 @dataclass(frozen=True)
@@ -3163,7 +2943,7 @@ class Post:
 
 
 def catch_signals() -> tuple[int, int]:
-    """A pipe that gets the number of each handled signal as a byte; then unblock them.
+    """A pipe that gets each handled signal's number as a byte; they are unblocked.
 
     Real handlers, never ignored ones: jobs inherit what is ignored, and under an
     ignored SIGCHLD a failing job would look well.
@@ -3178,176 +2958,135 @@ def catch_signals() -> tuple[int, int]:
     return ends
 
 
-class Clerk:
-    """The thread that owns the connection: takes one request, posts its answer."""
-
-    def __init__(self, wake: int) -> None:
-        self._requests: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[object] = queue.SimpleQueue()
-        self._wake = wake
-        self.busy = False
-        threading.Thread(target=self._work, daemon=True).start()
-
-    def request(self, work: Callable[[], object]) -> None:
-        self.busy = True
-        self._requests.put(work)
-
-    def answer(self) -> object:
-        """The answer that has come, an exception if the work raised one; or None."""
-        try:
-            found = self._answers.get_nowait()
-        except queue.Empty:
-            return None
-        self.busy = False
-        return found
-
-    def _work(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
-        while True:
-            work = self._requests.get()
-            try:
-                result = work()
-            except Exception as error:  # handed to the loop, which knows what it means
-                result = error
-            self._answers.put(result)
-            with contextlib.suppress(BlockingIOError):  # full: the loop is awake anyway
-                os.write(self._wake, b"\0")
-
-
-class Opened(NamedTuple):
-    """The answer to entering our row: what was taken over on the way."""
-
-    notes: list[str]
-
-
-class Retired(NamedTuple):
-    """The answer to removing our row."""
-
-
 class Worker:
     """The loop of one worker process."""
 
     def __init__(self, crew: Crew, post: Post) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
         self.crew, self.post = crew, post
-        self.settings = crew.settings
-        self.environment = crew.environment
+        self.settings, self.environment = crew.settings, crew.environment
         self.processes: dict[int, Process] = {}  # by pid, also those that are ending
         self.ended: list[Ended] = []
         self.in_flight: Ask | None = None
-        self.opened = self.retiring = self.retired = self.forced = False
-        self.stopping = False
+        self.opened = self.stopping = self.forced = self.retiring = self.retired = False
         self.grace_at = self.give_up_at = math.inf
         self.next_look = self.next_judge = self.hold_until = 0.0
         self.status = 0
         self._selector = selectors.DefaultSelector()
-        self._read_wake, wake = catch_signals()
+        self._read_wake, self._wake = catch_signals()
         self._selector.register(self._read_wake, selectors.EVENT_READ, self._on_wake)
         self._selector.register(post.lifeline, selectors.EVENT_READ, self._on_orphaned)
         self._inherited_environment = job_environment(os.environb)
         self._policy = Policy(math.inf, max(2.0, self.settings.lease_s / 3), crew.say)
         self._desk = self._new_desk()
-        self._clerk = Clerk(wake)
+        self._clerk = ThreadPoolExecutor(1, "clerk", signal.pthread_sigmask,
+                                         (signal.SIG_BLOCK, HANDLED))
+        self._answer: Callable[[], None] | None = None  # what a request is to end in
 
     def run(self) -> int:
         """Work until told to stop, or drained; the exit status."""
-        self._clerk.request(self._open)
+        self._request(self._open, self._on_opened)
         while not self._finished():
             self._ask()
             for key, _ in self._selector.select(self._pause()):
                 key.data()
             self._reap()
             self._tick()
-            self._take_answer()
+            if self._answer:
+                self._answer()
         return self.status
 
     # -- the database's side
 
+    def _request(self, work: Callable[[], T], then: Callable[[T], None]) -> None:
+        """Have the thread do `work`, and the loop do `then` with what came of it."""
+        future = self._clerk.submit(work)
+
+        def answer() -> None:
+            if not future.done():
+                return
+            self._answer = None
+            try:
+                result = future.result()
+            except Problem as problem:
+                self._on_refused(problem)
+            else:
+                then(result)
+
+        self._answer = answer
+        future.add_done_callback(lambda _: self._ring())
+
+    def _ring(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full: the loop is awake anyway
+            os.write(self._wake, b"\0")
+
     def _new_desk(self) -> Desk:
         """A desk under a new id: ids are never used twice."""
-        host = socket.gethostname()
+        host, pid = socket.gethostname(), os.getpid()
         name = f"{re.sub('[^A-Za-z0-9.-]', '-', host)[:40]}-{secrets.token_hex(4)}"
         self.post.ledger.sign(name)
-        me = Identity(name, host, os.getpid(), self.post.supervisor,
-                      process_identity(os.getpid()), self.post.slots, self.crew.queues)
+        me = Identity(name, host, pid, self.post.supervisor, process_identity(pid),
+                      self.post.slots, self.crew.queues)
         off = self.environment.get("QUEUECTL_SKIP_LOCKED").lower() in ("off", "0", "no")
         desk = Desk(Database(self.crew.target, self._policy), me, not off)
         desk.settings = self.settings
         return desk
 
-    def _open(self) -> Opened:
+    def _open(self) -> list[str]:
         """Write off what dead workers of this host left behind, then enter our row."""
         notes = []
         for worker, marks in self.post.inherited:
             end_marked(marks, self.settings.kill_grace)
             taken = self._desk.take_over(worker, -1)
             notes.append(f"worker {worker} died; {taken} runs written off as lost")
-        for worker, found in self._desk.dead_neighbours(is_gone).items():
+        for gone, found in self._desk.dead_neighbours(is_gone).items():
             end_marked(found, self.settings.kill_grace)
-            taken = self._desk.take_over(worker, -1)
-            notes.append(f"worker {worker} here is gone; {taken} runs taken over")
+            taken = self._desk.take_over(gone, -1)
+            notes.append(f"worker {gone} here is gone; {taken} runs taken over")
         self._desk.register()
-        return Opened(notes)
-
-    def _retire(self) -> Retired:
-        self._desk.retire()
-        return Retired()
+        return notes
 
     def _ask(self) -> None:
         """Hand the clerk a turn, if it is free and there is something to say."""
         now = time.monotonic()
-        if self._clerk.busy or not self.opened or self.retired or now < self.hold_until:
+        if self._answer or not self.opened or self.retired or now < self.hold_until:
             return
-        flushes = [one for process in self.processes.values()
-                   if now >= process.flush_at for one in [process.flush()] if one]
+        flushes = [flush for process in self.processes.values()
+                   if now >= process.flush_at and (flush := process.flush())]
         look = now >= self.next_look
         if not (self.ended or flushes or look):
             if self.stopping and not self.processes and not self.retiring:
                 self.retiring = True
-                self._clerk.request(self._retire)
+                self._request(self._desk.retire, self._on_retired)
             return
         ended, self.ended = self.ended, []
-        running = [one.key for one in self.processes.values()]
-        ask = Ask(ended, flushes, running, self._free(), look,
-                  look and now >= self.next_judge,
+        running = list(self.processes.values())
+        full = self.stopping or any(one.job.held.alone for one in running)
+        ask = Ask(ended, flushes, [one.key for one in running],
+                  0 if full else self.post.slots - len(running),
+                  look, look and now >= self.next_judge,
                   self.crew.drain and not self.stopping,
                   "stopping" if self.stopping else "running")
         if look:
-            self.next_look = now + self._look_interval()
+            self.next_look = now + min(
+                self.settings.poll_interval, self.settings.heartbeat,
+                LOOK_WHEN_DRAINING_S if self.crew.drain and not running else math.inf)
         if ask.judge:
             self.next_judge = now + self.settings.heartbeat
         self.in_flight = ask
-        self._clerk.request(lambda: self._desk.turn(ask))
+        self._request(lambda: self._desk.turn(ask), self._on_turn)
 
-    def _look_interval(self) -> float:
-        idle_drain = self.crew.drain and not self.processes
-        return min(self.settings.poll_interval, self.settings.heartbeat,
-                   LOOK_WHEN_DRAINING_S if idle_drain else math.inf)
-
-    def _free(self) -> int:
-        alone = any(process.job.held.alone for process in self.processes.values())
-        return 0 if self.stopping or alone else self.post.slots - len(self.processes)
-
-    def _take_answer(self) -> None:
-        answer = self._clerk.answer()
-        if isinstance(answer, Opened):
-            self._on_opened(answer)
-        elif isinstance(answer, Turn):
-            self.in_flight = None
-            self._on_turn(answer)
-        elif isinstance(answer, Retired):
-            self.retired = True
-        elif isinstance(answer, Problem):
-            self._on_refused(answer)
-        elif isinstance(answer, BaseException):
-            raise answer
-
-    def _on_opened(self, answer: Opened) -> None:
-        for note in answer.notes:
+    def _on_opened(self, notes: Sequence[str] | None) -> None:
+        for note in notes or ():
             self.crew.say(note)
         self.opened = True
         self.post.ledger.open()
         with contextlib.suppress(OSError):  # nobody waits for it any more
             os.write(self.post.ready, b"+")
+
+    def _on_retired(self, _: None) -> None:
+        self.retired = True
 
     def _on_refused(self, problem: Problem) -> None:
         """The schema has moved on: nothing can be settled here."""
@@ -3363,6 +3102,7 @@ class Worker:
             self.retired = True
 
     def _on_turn(self, turn: Turn) -> None:
+        self.in_flight = None
         for note in turn.notes:
             self.crew.say(note)
         for change in turn.changes:
@@ -3403,17 +3143,12 @@ class Worker:
         """We were declared lost: our runs are others' now. End them, and enter anew."""
         self.crew.say(f"this worker ({self._desk.me.id}) was declared lost: ending its "
                       f"{len(self.processes)} runs and entering anew")
-        for process in self.processes.values():
-            process.end(Reason.LOST)
+        self._end_all(Reason.LOST)
         self.ended.clear()
         self.opened = False
         self._desk.database.close()
         self._desk = self._new_desk()
-        self._clerk.request(self._reopen)
-
-    def _reopen(self) -> Opened:
-        self._desk.register()
-        return Opened([])
+        self._request(self._desk.register, self._on_opened)
 
     # -- the processes' side
 
@@ -3421,8 +3156,7 @@ class Worker:
         if self.stopping:
             self.ended.append((job.held, End(Reason.HANDED_BACK)))
             return
-        mark = f"{job.held.token}-{job.held.seq}"
-        self.post.ledger.note(mark)
+        self.post.ledger.note(f"{job.held.token}-{job.held.seq}")
         process = Process(job, self.settings, self._inherited_environment)
         if process.gone:
             self._settle(process)
@@ -3433,15 +3167,19 @@ class Worker:
 
     def _on_output(self, process: Process) -> None:
         if not process.read():
-            self._selector.unregister(process.pipe)
+            self._hang_up(process)
+
+    def _hang_up(self, process: Process) -> None:
+        if process.pipe >= 0:
+            with contextlib.suppress(KeyError):  # not watched: it did not start
+                self._selector.unregister(process.pipe)
             process.close_pipe()
 
     def _reap(self) -> None:
         for pid, status in reap():
             process = self.processes.get(pid)
             if process:  # another is an orphan that we adopted
-                if process.pipe >= 0:
-                    self._selector.unregister(process.pipe)
+                self._hang_up(process)
                 process.reaped(status)
 
     def _tick(self) -> None:
@@ -3457,28 +3195,24 @@ class Worker:
 
     def _settle(self, process: Process) -> None:
         """Take down how a run ended; the next turn writes it."""
-        if process.pipe >= 0:
-            with contextlib.suppress(KeyError):
-                self._selector.unregister(process.pipe)
-        end, held = process.outcome(), process.job.held
+        self._hang_up(process)
         self.post.ledger.strike(process.mark)
-        if end.reason is Reason.LOST and process.cause is Reason.LOST:
-            return  # written off by whoever declared us lost
-        self.ended.append((held, end))
+        if process.cause is not Reason.LOST:  # else who declared us lost wrote it off
+            self.ended.append((process.job.held, process.outcome()))
 
     def _report(self, change: Change) -> None:
-        """A line for a job that ended; if it completed, on a terminal only."""
+        """A line for a job that ended; for a completed one on a terminal only."""
         held, end, verdict = change
         to = change.to
         if to is State.COMPLETED and not self.crew.verbose:
             return
-        how = str(end.reason) if end.exit_code is None else \
-            f"{end.reason} {end.exit_code}" if end.reason is Reason.EXIT else \
-            f"{end.reason}, exit status {end.exit_code}"
-        detail = f" ({end.detail})" if end.detail else ""
+        label = "" if end.reason is Reason.EXIT else ", exit status"
+        code = "" if end.exit_code is None else f"{label} {end.exit_code}"
+        took = say_duration(end.duration_s or 0)
         then = f"again in {say_duration(verdict.wait_s)}" if to is State.FAILED else to
-        self.crew.say(f"job {held.id}: {how} after {say_duration(end.duration_s or 0)},"
-                      f" attempt {held.attempts}/{held.allowed}: {then}{detail}")
+        detail = f" ({end.detail})" if end.detail else ""
+        self.crew.say(f"job {held.id}: {end.reason}{code} after {took}, attempt "
+                      f"{held.attempts}/{held.allowed}: {then}{detail}")
 
     # -- stopping
 
@@ -3496,7 +3230,7 @@ class Worker:
         """The supervisor is gone: nobody watches over us any more."""
         self._selector.unregister(self.post.lifeline)
         self.crew.say("the supervisor is gone: ending")
-        self._stop_now(1.0)
+        self._stop_now(ORPHANED_WAIT_S)
 
     def _reread(self) -> None:
         try:
@@ -3525,38 +3259,38 @@ class Worker:
     def _end_all(self, cause: Reason) -> None:
         for process in self.processes.values():
             process.end(cause)
-            process.hurry(time.monotonic())
 
     def _finished(self) -> bool:
         if not self.stopping:
             return False
+        asked = self.in_flight.ended if self.in_flight else ()
+        unsettled = [*asked, *self.ended]
         now = time.monotonic()
         if not self.processes:
             if self.retired and not self.ended:
                 return True
             wait_s = RESULTS_WAIT_S if self.crew.grace_s is None else self.crew.grace_s
-            if not self.ended and not (self.in_flight and self.in_flight.ended):
+            if not unsettled:
                 wait_s = NOTHING_TO_SETTLE_WAIT_S
             self.give_up_at = min(self.give_up_at, now + max(wait_s, 1.0))
         if now < self.give_up_at:
             return False
-        asked = list(self.in_flight.ended) if self.in_flight else []
-        lost = [held.id for held, _ in [*asked, *self.ended]]
+        lost = [held.id for held, _ in unsettled]
         lost += [process.job.held.id for process in self.processes.values()]
         if lost:
             self.crew.say("the database did not take the results of "
                           f"{', '.join(lost)}: they will run again")
-        self.status = self.status or int(bool(lost))
+            self.status = self.status or 1
         return True
 
     def _pause(self) -> float:
         """Seconds until the next timer."""
         times = [self.grace_at, self.give_up_at]
         times += [process.check_at for process in self.processes.values()]
-        if not self._clerk.busy and self.opened and not self.retired:
+        if not self._answer and self.opened and not self.retired:
             due = [self.next_look, *(one.flush_at for one in self.processes.values())]
-            leaving = self.stopping and not self.processes and not self.retiring
-            if self.ended or leaving:
+            to_retire = self.stopping and not self.processes and not self.retiring
+            if self.ended or to_retire:
                 due = [0.0]
             times.append(max(self.hold_until, min(due)))
         return max(0.0, min(min(times) - time.monotonic(), 3600.0))
@@ -3572,10 +3306,11 @@ class Worker:
 LOG_BYTES_MAX = 10 << 20
 RESPAWN_PAUSE_S, RESPAWN_PAUSE_MAX_S, STEADY_AFTER_S = 0.1, 30.0, 10.0
 READY_WAIT_S = 30.0
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 
 
 class Log:
-    """Lines on standard error, with their time; a file grows to 10 MB, then is `.1`."""
+    """Lines on standard error, with the time; a file grows to 10 MB, then is `.1`."""
 
     def __init__(self, path: str = "") -> None:
         self.path = path
@@ -3593,15 +3328,14 @@ class Log:
 
     def _open(self) -> None:
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        for standard in (1, 2):
-            os.dup2(handle, standard)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
         os.close(handle)
 
     def _turn_over(self) -> None:
         """Rename a full file, or follow when another process has. All share the file,
         so the one that holds its lock decides."""
-        status = os.fstat(2)
-        if status.st_size > LOG_BYTES_MAX:
+        if os.fstat(2).st_size > LOG_BYTES_MAX:
             fcntl.flock(2, fcntl.LOCK_EX)
             if _same_file(2, self.path):
                 os.rename(self.path, self.path + ".1")
@@ -3617,7 +3351,7 @@ def _same_file(handle: int, path: str) -> bool:
 
 
 class Standing(NamedTuple):
-    """What a PID file says: whether it is there, its number, whether that is alive."""
+    """What a PID file says: whether it is there, its number, and if that is alive."""
 
     found: bool
     pid: int
@@ -3635,17 +3369,16 @@ def probe_pid_file(path: str) -> Standing:
     try:
         first = os.read(handle, 64).split(b"\n")[0]
         pid = int(first) if first.isdigit() and len(first) < 10 else 0
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return Standing(True, pid, True)
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return Standing(True, pid, False)
+    except BlockingIOError:
+        return Standing(True, pid, True)
     finally:
         os.close(handle)
 
 
 def hold_pid_file(path: str) -> int:
-    """A descriptor that holds the PID file for us, emptied; Problem if it is taken."""
+    """A descriptor that holds the PID file for us, emptied; Problem if another does."""
     until = time.monotonic() + 1
     while True:
         try:
@@ -3653,21 +3386,31 @@ def hold_pid_file(path: str) -> int:
         except OSError as error:
             raise Problem(f"cannot write the PID file {path}: {error.strerror}",
                           "name another one: --pid-file FILE") from None
-        try:
+        with contextlib.suppress(BlockingIOError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _same_file(handle, path):  # else a stopping daemon has just removed it
                 os.ftruncate(handle, 0)
                 return handle
-        except BlockingIOError:
-            if time.monotonic() > until:
-                os.close(handle)
-                pid = probe_pid_file(path).pid
-                raise Problem(
-                    f"a worker daemon runs already: PID {pid or '?'} holds {path}",
-                    "stop it (queuectl worker stop), or give another --pid-file"
-                ) from None
-            time.sleep(0.02)
         os.close(handle)
+        if time.monotonic() > until:
+            pid = probe_pid_file(path).pid or "?"
+            raise Problem(f"a worker daemon runs already: PID {pid} holds {path}",
+                          "stop it (queuectl worker stop), or give another --pid-file")
+        time.sleep(0.02)
+
+
+def fork_child(work: Callable[[], int], say: Callable[[str], None]) -> int:
+    """The pid of a child that does `work` and exits with its status."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 70
+    try:
+        status = work()
+    except BaseException:
+        say(traceback.format_exc())
+    finally:
+        os._exit(status)  # a child never returns into its parent's stack
 
 
 @dataclass
@@ -3699,7 +3442,6 @@ class Supervisor:
         self._children = [_Child(slots, Ledger(slots)) for slots in shares]
         self._lifeline, self._life = os.pipe()
         self._ready, self._ready_end = os.pipe()
-        os.set_blocking(self._ready, False)
 
     def run(self, announce: Callable[[], None]) -> int:
         """Keep the workers up until told to stop, or all drained; the exit status.
@@ -3710,59 +3452,52 @@ class Supervisor:
         wake, _ = catch_signals()
         announced = False
         while True:
-            self._spawn_missing()
-            select.select([wake, self._ready], [], [], self._pause())
-            with contextlib.suppress(BlockingIOError):
+            pause_s = self._spawn_missing()
+            readable, _, _ = select.select([wake, self._ready], [], [], pause_s)
+            if wake in readable:
                 for number in os.read(wake, 4096):
                     self._obey(number)
-            with contextlib.suppress(BlockingIOError):
-                if os.read(self._ready, 4096) and not announced:
-                    announced = True
-                    announce()
+            if self._ready in readable and os.read(self._ready, 4096) and not announced:
+                announced = True
+                announce()
             self._reap()
             if time.monotonic() >= self._kill_at:
                 self._kill_at = math.inf
                 self._signal(signal.SIGKILL)
-            if not any(child.pid for child in self._children) and self.stopping:
+            if self.stopping and not any(child.pid for child in self._children):
                 return 128 + self.stop_signal if self.stop_signal else self.status
 
-    def _spawn_missing(self) -> None:
-        now = time.monotonic()
+    def _spawn_missing(self) -> float | None:
+        """Fork what is due; the seconds until the next timer, None if there is none."""
+        now, soonest = time.monotonic(), self._kill_at
         for child in self._children:
-            if not child.pid and not self.stopping and now >= child.spawn_at:
+            if child.pid or self.stopping:
+                continue
+            if now >= child.spawn_at:
                 self._fork(child)
+            else:
+                soonest = min(soonest, child.spawn_at)
+        return None if math.isinf(soonest) else max(0.0, soonest - now)
 
     def _fork(self, child: _Child) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
         supervisor = os.getpid()
+
+        def work() -> int:
+            signal.set_wakeup_fd(-1)
+            for handle in (*self._held, self._life, self._ready):
+                os.close(handle)
+            become_subreaper()
+            post = Post(child.slots, supervisor, self._lifeline, self._ready_end,
+                        child.ledger, child.inherited)
+            return Worker(self.crew, post).run()
+
+        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
         try:
-            pid = os.fork()
+            child.pid, child.started = fork_child(work, self.crew.say), time.monotonic()
         except OSError as error:
             self.crew.say(f"cannot start a worker process: {error.strerror}")
-            pid, child.spawn_at = -1, time.monotonic() + 1.0
-        if not pid:
-            status = 70
-            try:
-                signal.set_wakeup_fd(-1)
-                for handle in (*self._held, self._life, self._ready):
-                    os.close(handle)
-                become_subreaper()
-                post = Post(child.slots, supervisor, self._lifeline, self._ready_end,
-                            child.ledger, child.inherited)
-                status = Worker(self.crew, post).run()
-            except BaseException:
-                self.crew.say(traceback.format_exc())
-            finally:
-                os._exit(status)  # a child never returns into its parent's stack
+            child.spawn_at = time.monotonic() + 1.0
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
-        if pid > 0:
-            child.pid, child.started = pid, time.monotonic()
-
-    def _pause(self) -> float | None:
-        times = [child.spawn_at for child in self._children
-                 if not child.pid and not self.stopping]
-        soonest = min([self._kill_at, *times])
-        return None if math.isinf(soonest) else max(0.0, soonest - time.monotonic())
 
     def _reap(self) -> None:
         for pid, status in reap():
@@ -3772,17 +3507,16 @@ class Supervisor:
                     self._on_end(child, status)
 
     def _on_end(self, child: _Child, status: int) -> None:
-        """A worker ended: told to, drained, or in a crash that we make good."""
-        ended = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -1
-        if ended == 1 or (ended == 0 and (self.stopping or self.crew.drain)):
+        """A worker ended: as told, or drained, or in a crash that we make good."""
+        if status == 1 or (status == 0 and (self.stopping or self.crew.drain)):
             # Told to, drained, or unable to go on: in each case this one is over.
-            self.status = max(self.status, ended)
+            self.status = max(self.status, status)
             child.spawn_at = math.inf
             if all(one.spawn_at == math.inf and not one.pid for one in self._children):
                 self.stopping = True
             return
         worker, opened, marks = child.ledger.read()
-        how = f"exit status {ended}" if ended >= 0 else f"signal {os.WTERMSIG(status)}"
+        how = f"signal {-status}" if status < 0 else f"exit status {status}"
         self.crew.say(f"worker process of {worker or 'an unknown worker'} ended: {how}")
         if self.stopping:
             end_marked(marks, self.crew.settings.kill_grace)
@@ -3792,8 +3526,8 @@ class Supervisor:
         child.inherited = (*earlier, (worker, tuple(marks))) if worker else earlier
         child.ledger = Ledger(child.slots)
         now = time.monotonic()
-        steady = now - child.started > STEADY_AFTER_S
-        child.pause_s = RESPAWN_PAUSE_S if steady else child.pause_s
+        if now - child.started > STEADY_AFTER_S:
+            child.pause_s = RESPAWN_PAUSE_S
         child.spawn_at = now + child.pause_s
         child.pause_s = min(2 * child.pause_s, RESPAWN_PAUSE_MAX_S)
 
@@ -3801,16 +3535,15 @@ class Supervisor:
         if number == signal.SIGHUP and not self._on_terminal:
             self.crew.say("SIGHUP: reading the settings again")
             self._signal(signal.SIGHUP)
-        elif number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
-            if not self.stopping:
-                self.stopping = True
-                self.crew.say("stopping: running jobs may end; once more ends them now")
-                self._signal(signal.SIGTERM)
-            elif not self.stop_signal:
-                self.stop_signal = number
-                self.crew.say("stopping now: running jobs are ended and handed back")
-                self._signal(NOW)
-                self._kill_at = time.monotonic() + self.crew.settings.kill_grace + 3
+        elif number in STOPS and not self.stopping:
+            self.stopping = True
+            self.crew.say("stopping: running jobs may end; once more ends them now")
+            self._signal(signal.SIGTERM)
+        elif number in STOPS and not self.stop_signal:
+            self.stop_signal = number
+            self.crew.say("stopping now: running jobs are ended and handed back")
+            self._signal(NOW)
+            self._kill_at = time.monotonic() + self.crew.settings.kill_grace + 3
 
     def _signal(self, number: int) -> None:
         for child in self._children:
@@ -3820,11 +3553,10 @@ class Supervisor:
 
 def _has_terminal() -> bool:
     """Whether a terminal controls us: then SIGHUP means that it went away."""
-    try:
+    with contextlib.suppress(OSError):
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -3840,20 +3572,21 @@ class Launch:
 def launch(crew: Crew, start: Launch) -> int:
     """Run the crew here, or as a daemon; the exit status."""
     held = hold_pid_file(start.pid_file) if start.pid_file else -1
-    if start.daemon:
-        return _daemonize(crew, start, held)
-    return _serve(crew, start, held, lambda: None)
+    return _daemonize(crew, start, held) if start.daemon else _serve(crew, start, held)
 
 
-def _serve(crew: Crew, start: Launch, held: int, report: Callable[[], None]) -> int:
+def _serve(crew: Crew, start: Launch, held: int, ready_end: int = -1) -> int:
     if held >= 0:
         os.write(held, f"{os.getpid()}\n".encode())
     served = f"queues {', '.join(crew.queues)}" if crew.queues else "all queues"
+    slots = f"{start.count} slot{'s' * (start.count > 1)}"
 
     def announce() -> None:
-        crew.say(f"{start.count} slot{'s' * (start.count > 1)} ready, serving {served} "
-                 f"of {crew.target}")
-        report()
+        crew.say(f"{slots} ready, serving {served} of {crew.target}")
+        if ready_end >= 0:
+            with contextlib.suppress(BrokenPipeError):  # the starter did not wait
+                os.write(ready_end, b"+")
+            os.close(ready_end)
 
     try:
         return Supervisor(crew, start.count, [held] if held >= 0 else []).run(announce)
@@ -3869,27 +3602,21 @@ def _daemonize(crew: Crew, start: Launch, held: int) -> int:
     """Fork the daemon and wait until it is ready; if it dies first, print why."""
     read_end, write_end = os.pipe()
     try:
-        log = os.open(start.log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        os.close(log)
+        os.close(os.open(start.log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666))
     except OSError as error:
         raise Problem(f"cannot write the log {start.log_file}: {error.strerror}",
                       "name another one: --log-file FILE") from None
-    pid = os.fork()
-    if not pid:
-        status = 70
-        try:
-            os.close(read_end)
-            os.setsid()
-            null = os.open(os.devnull, os.O_RDWR)
-            os.dup2(null, 0)
-            os.close(null)
-            crew = dataclasses.replace(crew, say=Log(start.log_file).say, verbose=False)
-            held_too = [held, write_end]
-            status = _serve(crew, start, held, lambda: _tell(held_too.pop()))
-        except BaseException:
-            crew.say(traceback.format_exc())
-        finally:
-            os._exit(status)
+
+    def serve() -> int:
+        os.close(read_end)
+        os.setsid()
+        with open(os.devnull) as null:
+            os.dup2(null.fileno(), 0)
+        say = Log(start.log_file).say
+        quiet = dataclasses.replace(crew, say=say, verbose=False)
+        return _serve(quiet, start, held, write_end)
+
+    pid = fork_child(serve, crew.say)
     os.close(write_end)
     os.close(held)
     ready, _, _ = select.select([read_end], [], [], READY_WAIT_S)
@@ -3901,12 +3628,6 @@ def _daemonize(crew: Crew, start: Launch, held: int) -> int:
         send(pid, signal.SIGTERM)
     raise Problem(f"the worker daemon did not get ready{_log_tail(start.log_file)}",
                   f"see {start.log_file}", UNAVAILABLE)
-
-
-def _tell(handle: int) -> None:
-    with contextlib.suppress(BrokenPipeError):  # whoever started us did not wait
-        os.write(handle, b"+")
-    os.close(handle)
 
 
 def _log_tail(path: str) -> str:
@@ -3928,11 +3649,10 @@ def stop_daemon(path: str, now: bool, timeout_s: float,
     while standing.alive and not standing.pid and time.monotonic() < until:
         time.sleep(0.02)  # it holds the lock and is about to write its number
         standing = probe_pid_file(path)
-    if not standing.found:
-        _whisper(f"no worker daemon: there is no PID file {path}")
-        return 0
     if not standing.alive:
-        _whisper(f"no worker daemon: the PID file {path} is stale (no daemon holds it)")
+        stale = f"the PID file {path} is stale (no daemon holds it)"
+        why = stale if standing.found else f"there is no PID file {path}"
+        _whisper(f"no worker daemon: {why}")
         return 0
     if not standing.pid:
         raise Problem(f"the PID file {path} is held, but names no process",
@@ -3953,19 +3673,19 @@ def stop_daemon(path: str, now: bool, timeout_s: float,
 
 def _await_end(path: str, standing: Standing, timeout_s: float,
                waits_for: Callable[[int], str]) -> int:
-    started = time.monotonic()
+    started, daemon = time.monotonic(), f"worker daemon {standing.pid}"
     say_at = started + 1
     while probe_pid_file(path) == standing:
         now = time.monotonic()
         if now - started >= timeout_s:
-            _whisper(f"worker daemon {standing.pid} is still stopping after "
-                     f"{say_duration(timeout_s)}{waits_for(standing.pid)}")
+            _whisper(f"{daemon} is still stopping after {say_duration(timeout_s)}"
+                     f"{waits_for(standing.pid)}")
             return TIMED_OUT
         if now >= say_at:
             say_at = now + 10
-            _whisper(f"worker daemon {standing.pid} stops{waits_for(standing.pid)}")
+            _whisper(f"{daemon} stops{waits_for(standing.pid)}")
         time.sleep(0.05)
-    _whisper(f"worker daemon {standing.pid} has stopped")
+    _whisper(f"{daemon} has stopped")
     return 0
 
 
@@ -3978,7 +3698,7 @@ def _await_end(path: str, standing: Standing, timeout_s: float,
 SERVER_FOLDERS = ("/usr/sbin", "/usr/libexec", "/usr/local/sbin",
                   "/usr/local/mysql/bin")
 SOCKET_PATH_MAX = 100
-SERVER_START_S, SERVER_STOP_S = 60.0, 60.0
+SERVER_WAIT_S = 60.0
 
 
 def find_server() -> str:
@@ -3986,22 +3706,22 @@ def find_server() -> str:
     import shutil
 
     path = os.pathsep.join([os.environ.get("PATH", ""), *SERVER_FOLDERS])
-    for name in ("mysqld", "mariadbd"):
-        found = shutil.which(name, path=path)
-        if found:
-            return found
-    raise Problem(f"no mysqld or mariadbd in PATH, {', '.join(SERVER_FOLDERS)}",
-                  "install one (Debian: apt install mariadb-server-core), or point "
-                  "DB_HOST at a server", UNAVAILABLE)
+    found = shutil.which("mysqld", path=path) or shutil.which("mariadbd", path=path)
+    if not found:
+        raise Problem(f"no mysqld or mariadbd in PATH, {', '.join(SERVER_FOLDERS)}",
+                      "install one (Debian: apt install mariadb-server-core), or point "
+                      "DB_HOST at a server", UNAVAILABLE)
+    return found
 
 
 class PrivateServer:
     """A server in a folder of its own: start and stop, as often as one likes."""
 
     def __init__(self, folder: str, program: str = "") -> None:
-        self.folder = os.path.abspath(folder)
-        self.program = program
+        self.folder, self.program = os.path.abspath(folder), program
         self.log = os.path.join(self.folder, "server.log")
+        self._pid_file = os.path.join(self.folder, "mysqld.pid")
+        self._data = os.path.join(self.folder, "data")
 
     @property
     def socket(self) -> str:
@@ -4009,16 +3729,12 @@ class PrivateServer:
 
     def running(self) -> int:
         """The server's PID, if it answers on its socket; else 0."""
-        try:
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.settimeout(5)
-                probe.connect(self.socket)
-                if not probe.recv(1):  # a dying server still accepts, but says nothing
-                    return 0
-            with open(os.path.join(self.folder, "mysqld.pid")) as file:
-                return int(file.read())
-        except (OSError, ValueError):
-            return 0
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(5)
+            probe.connect(self.socket)
+            if probe.recv(1):  # a dying server still accepts, but says nothing
+                return self._noted_pid()
+        return 0
 
     def start(self) -> bool:
         """Have it run, with its data made if need be; False if it ran already."""
@@ -4030,8 +3746,11 @@ class PrivateServer:
                 return False
             self.program = self.program or find_server()
             self._place_socket()
-            self._await_the_dying()
-            if not os.path.isdir(os.path.join(self.folder, "data")):
+            dying = self._noted_pid()  # it holds its socket's lock until it is gone
+            with contextlib.suppress(OSError, Problem):
+                self._until(lambda: not (dying and is_alive(dying)), 10,
+                            "is still ending")
+            if not os.path.isdir(self._data):
                 self._install()
             self._launch()
         return True
@@ -4039,18 +3758,15 @@ class PrivateServer:
     def stop(self) -> bool:
         """Shut it down and wait for its end; False if it did not run."""
         pid = self.running()
-        if not pid:
-            return False
-        send(pid, signal.SIGTERM)
-        self._until(lambda: not is_alive(pid), SERVER_STOP_S, "did not stop")
-        return True
+        if pid:
+            send(pid, signal.SIGTERM)
+            self._until(lambda: not is_alive(pid), SERVER_WAIT_S, "did not stop")
+        return bool(pid)
 
-    def _await_the_dying(self) -> None:
-        """A killed server holds its socket's lock until it is gone altogether."""
-        with contextlib.suppress(OSError, ValueError, Problem), \
-                open(os.path.join(self.folder, "mysqld.pid")) as file:
-            pid = int(file.read())
-            self._until(lambda: not is_alive(pid), 10, "is still ending")
+    def _noted_pid(self) -> int:
+        with contextlib.suppress(OSError, ValueError), open(self._pid_file) as file:
+            return int(file.read())
+        return 0
 
     def _place_socket(self) -> None:
         plain = os.path.join(self.folder, "mysqld.sock")
@@ -4072,37 +3788,34 @@ class PrivateServer:
 
         making = os.path.join(self.folder, "data.new")
         shutil.rmtree(making, ignore_errors=True)
-        as_root = ["--user=root"] if os.geteuid() == 0 else []
+        command = [self.program, "--no-defaults", "--initialize-insecure",
+                   f"--datadir={making}"]
         if self._mariadb():
             installer = shutil.which("mariadb-install-db")
             if not installer:
                 raise Problem(f"{self.program} is there, but mariadb-install-db is not",
                               "install the package that holds it", UNAVAILABLE)
             command = [installer, "--no-defaults", "--datadir=./data.new",
-                       "--skip-test-db", "--auth-root-authentication-method=normal",
-                       *as_root]
-        else:
-            command = [self.program, "--no-defaults", "--initialize-insecure",
-                       "--datadir=" + making, *as_root]
+                       "--skip-test-db", "--auth-root-authentication-method=normal"]
+        command += ["--user=root"] if os.geteuid() == 0 else []
         with open(self.log, "ab") as log:
-            done = subprocess.run(command, cwd=self.folder, stdin=subprocess.DEVNULL,
-                                  stdout=log, stderr=log, check=False)
+            done = subprocess.run(command, cwd=self.folder, stdout=log, stderr=log,
+                                  stdin=subprocess.DEVNULL, check=False)
         if done.returncode or not os.path.isdir(making):
             raise self._failure("could not make its data folder")
-        os.rename(making, os.path.join(self.folder, "data"))
+        os.rename(making, self._data)
 
     def _launch(self) -> None:
-        options = ["--no-defaults", "--datadir=" + os.path.join(self.folder, "data"),
-                   "--socket=" + self.socket, "--skip-networking",
-                   "--pid-file=" + os.path.join(self.folder, "mysqld.pid")]
-        options += ["--user=root"] if os.geteuid() == 0 else []
-        options += [] if self._mariadb() else ["--mysqlx=OFF"]
+        command = [self.program, "--no-defaults", f"--datadir={self._data}",
+                   f"--socket={self.socket}", "--skip-networking",
+                   f"--pid-file={self._pid_file}"]
+        command += ["--user=root"] if os.geteuid() == 0 else []
+        command += [] if self._mariadb() else ["--mysqlx=OFF"]
         with open(self.log, "ab") as log:
-            server = subprocess.Popen(
-                [self.program, *options], cwd=self.folder, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log, start_new_session=True)
+            server = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log,
+                                      stdin=subprocess.DEVNULL, start_new_session=True)
         self._until(lambda: bool(self.running()) or server.poll() is not None,
-                    SERVER_START_S, "did not answer")
+                    SERVER_WAIT_S, "did not answer")
         if server.poll() is not None:
             raise self._failure("did not start")
         server.returncode = 0  # it outlives us
@@ -4158,7 +3871,7 @@ def put(text: str) -> None:
 
 
 def put_json(document: Json) -> None:
-    print(json.dumps(document, ensure_ascii=True))
+    print(json.dumps(document))
 
 
 def columns_of(text: str) -> int:
@@ -4167,8 +3880,8 @@ def columns_of(text: str) -> int:
         return len(text)
     import unicodedata
 
-    return sum(0 if unicodedata.combining(char) else
-               2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+    return sum(1 + (unicodedata.east_asian_width(char) in "WF")
+               for char in text if not unicodedata.combining(char))
 
 
 def fit(text: str, width: int) -> str:
@@ -4182,12 +3895,10 @@ def fit(text: str, width: int) -> str:
 
 def terminal_width() -> int:
     """Columns of the terminal; a generous width where there is none."""
-    if not sys.stdout.isatty():
-        return 200
     try:
         return os.get_terminal_size(sys.stdout.fileno()).columns or 80
     except OSError:
-        return 80
+        return 200
 
 
 def _box() -> Sequence[str]:
@@ -4233,24 +3944,17 @@ def put_table(titles: Sequence[str], rows: Iterable[Sequence[object]],
 # What a person can type. A command's name, arguments, help and body stand together; the
 # parser, --help, README's table and the tests read COMMANDS.
 
-class Arg(NamedTuple):
-    """One argument: the flags or the name, and what argparse is told of it."""
-
-    names: tuple[str, ...]
-    options: dict[str, object]
-
-
-def arg(*names: str, **options: object) -> Arg:
-    return Arg(names, options)
+Body = Callable[[argparse.Namespace], Optional[int]]
+Arg = Tuple[Tuple[str, ...], "dict[str, object]"]  # names, and what argparse is told
 
 
 class Command(NamedTuple):
     """One thing a person can type."""
 
     name: str
-    body: Callable[[argparse.Namespace], int | None]
+    body: Body
     args: tuple[Arg, ...]
-    examples: tuple[str, ...]
+    examples: Sequence[str]
 
     @property
     def summary(self) -> str:
@@ -4258,15 +3962,18 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {}
-Body = Callable[[argparse.Namespace], Optional[int]]
 
 
 def command(name: str, *args: Arg,
             examples: Sequence[str] = ()) -> Callable[[Body], Body]:
     def declare(body: Body) -> Body:
-        COMMANDS[name] = Command(name, body, args, tuple(examples))
+        COMMANDS[name] = Command(name, body, args, examples)
         return body
     return declare
+
+
+def arg(*names: str, **options: object) -> Arg:
+    return names, options
 
 
 def option(kind: Kind[T]) -> Callable[[str], T]:
@@ -4297,16 +4004,18 @@ def open_database(policy: Policy) -> Database:
     return Database(find_target(Environment.read()), policy)
 
 
+def configured_by(environment: Environment, policy: Policy) -> Configured:
+    """The settings in force, the stored ones read from the database."""
+    with contextlib.closing(Database(find_target(environment), policy)) as database:
+        return configure(environment, read_config(database))
+
+
 @contextlib.contextmanager
 def office(policy: Policy = READING) -> Iterator[Office]:
     """The queue as a person reaches it, with the settings in force."""
-    environment = Environment.read()
-    database = Database(find_target(environment), policy)
-    try:
-        configured = configure(environment, read_config(database))
+    with contextlib.closing(open_database(policy)) as database:
+        configured = configure(Environment.read(), read_config(database))
         yield Office(database, configured.settings)
-    finally:
-        database.close()
 
 
 def report(results: Iterable[Result], as_json: bool) -> int:
@@ -4319,8 +4028,8 @@ def report(results: Iterable[Result], as_json: bool) -> int:
         elif result.ok:
             put(f"job {result.id} {result.note}")
         else:
-            say(f"queuectl: {result.error}")
-        status = status or int(not result.ok)
+            _whisper(f"{result.error}")
+        status |= not result.ok
     return status
 
 
@@ -4328,7 +4037,7 @@ def report(results: Iterable[Result], as_json: bool) -> int:
 
 @command(
     "enqueue",
-    arg("json", nargs="?", metavar="JSON", help="a job, or an array; - is -f -"),
+    arg("document", nargs="?", metavar="JSON", help="a job, or an array; - is -f -"),
     arg("-c", dest="command", metavar="CMD", type=option(JOB_KEYS["command"].kind),
         help="a shell command"),
     arg("-f", dest="file", metavar="FILE", help="JSON jobs, one a line; - is input"),
@@ -4341,23 +4050,18 @@ def report(results: Iterable[Result], as_json: bool) -> int:
               "enqueue -c 'sleep 5 && echo done' --priority 10",
               "enqueue -- tar czf /backup/etc.tgz /etc",
               "enqueue --lines commands.txt --queue etl"))
-def enqueue_jobs(args: argparse.Namespace) -> int:
+def enqueue_jobs(args: argparse.Namespace) -> None:
     """Add jobs to the queue.
 
     A job comes as JSON, after -c, after --, or a line each from -f or --lines. Options
     fill what the JSON leaves out. More than one job: all or none.
     """
     spool = _spool_jobs(args, _job_defaults(args))
-    if not len(spool):
-        return 0
-    database = open_database(WRITING)
-    try:
-        enqueue(database, spool, args.if_absent)
-        if not args.quiet:
-            _print_ids(database, spool, args)
-    finally:
-        database.close()
-    return 0
+    if len(spool):
+        with contextlib.closing(open_database(WRITING)) as database:
+            enqueue(database, spool, args.if_absent)
+            if not args.quiet:
+                _print_ids(database, spool, args)
 
 
 def _job_defaults(args: argparse.Namespace) -> dict[str, object]:
@@ -4375,44 +4079,39 @@ def _job_defaults(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _spool_jobs(args: argparse.Namespace, defaults: Job_Values) -> Spool:
-    if args.json == "-":
-        args.json, args.file = None, "-"
-    sources = (args.json, args.command, args.rest or None, args.file, args.lines)
+    if args.document == "-":
+        args.document, args.file = None, "-"
+    sources = (args.document, args.command, args.rest or None, args.file, args.lines)
     given = sum(source is not None for source in sources)
     if given != 1:
         raise Problem("enqueue takes exactly one of: JSON, -c CMD, -- PROG ARG…, "
                       f"-f FILE, --lines FILE; {given} were given",
                       "see: queuectl help enqueue", USAGE)
     if args.file is not None or args.lines is not None:
-        with _opened_input(args.file if args.file is not None else args.lines) as file:
+        with _opened_input(args.lines if args.file is None else args.file) as file:
             return spool_lines(file, args.file is not None, defaults)
-    spool = Spool()
-    if args.json is not None:
-        document = parse_json(args.json)
-    else:
-        document = {"command": args.command or shlex.join(args.rest)}
+    document: object = {"command": args.command or shlex.join(args.rest)}
+    if args.document is not None:
+        document = parse_json(args.document)
     jobs = document if isinstance(document, list) else [document]
-    for number, one in enumerate(jobs):
+    spool = Spool()
+    for number, one in enumerate(jobs, 1):
         try:
             spool.add(check_job(one, defaults))
         except Problem as problem:
             if isinstance(document, list):
-                problem.what = f"job {number + 1} of the array: {problem.what}"
+                problem.what = f"job {number} of the array: {problem.what}"
             raise
     return spool
 
 
-@contextlib.contextmanager
-def _opened_input(path: str) -> Iterator[IO[bytes]]:
+def _opened_input(path: str) -> contextlib.AbstractContextManager[IO[bytes]]:
     if path == "-":
-        yield sys.stdin.buffer
-        return
+        return contextlib.nullcontext(sys.stdin.buffer)
     try:
-        file = open(path, "rb")
+        return open(path, "rb")
     except OSError as error:
         raise Problem(f"cannot read {path}: {error.strerror}", status=USAGE) from None
-    with file:
-        yield file
 
 
 def _print_ids(database: Database, spool: Spool, args: argparse.Namespace) -> None:
@@ -4420,10 +4119,10 @@ def _print_ids(database: Database, spool: Spool, args: argparse.Namespace) -> No
     jobs = ((str(job["id"]), str(job.get("state", State.PENDING))) for job in spool)
     while page := list(itertools.islice(jobs, PAGE)):
         now = {}
-        if args.if_absent and args.json_output:
+        if args.if_absent and args.json:
             now = states_of(database, [job_id for job_id, _ in page])
         for job_id, state in page:
-            if args.json_output:
+            if args.json:
                 put_json({"id": job_id, "state": now.get(job_id, state)})
             else:
                 put(job_id)
@@ -4456,13 +4155,9 @@ def worker_start(args: argparse.Namespace) -> int:
     queues = tuple(dict.fromkeys(QUEUE_NAME.read(name, "--queue") for name in names))
     if args.queue and not queues:
         raise Problem("--queue names no queue", status=USAGE)
-    database = Database(target, WRITING)
-    try:
-        configured = configure(environment, read_config(database))
-    finally:
-        database.close()
+    configured = configured_by(environment, WRITING)
     for complaint in [*configured.complaints, *_readable_dotenv(environment)]:
-        say(f"queuectl: warning: {complaint}")
+        _whisper(f"warning: {complaint}")
     crew = Crew(target, environment, configured.settings, queues, args.drain,
                 args.grace, sys.stderr.isatty(), Log().say)
     pid_file = args.pid_file or (_pid_file(environment) if args.daemon else "")
@@ -4497,10 +4192,10 @@ def worker_stop(args: argparse.Namespace) -> int:
     environment = Environment.read()
 
     def waits_for(pid: int) -> str:
-        with contextlib.suppress(Problem):
-            database = Database(find_target(environment),
-                                dataclasses.replace(READING, timeout_s=2))
-            ids = Office(database, Settings()).running_under(socket.gethostname(), pid)
+        policy = dataclasses.replace(READING, timeout_s=2)
+        with contextlib.suppress(Problem), \
+                contextlib.closing(Database(find_target(environment), policy)) as base:
+            ids = Office(base, Settings()).running_under(socket.gethostname(), pid)
             more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
             return f", waiting for {', '.join(ids[:5])}{more}" if ids else ""
         return ""
@@ -4562,20 +4257,17 @@ def status(args: argparse.Namespace) -> None:
 def _put_status(desk: Office, path: str, args: argparse.Namespace) -> None:
     counts, capped = desk.states(args.exact)
     queues, workers, standing = desk.queues(), desk.workers(), probe_pid_file(path)
-    target = desk.database.target
-    where = f"{target} (from {target.source})"
+    where = f"{desk.database.target} (from {desk.database.target.source})"
     if args.json:
         put_json({"database": where, "states": dict(counts), "capped": list(capped),
                   "queues": list(queues), "workers": list(workers),
                   "daemon": {"pid_file": path, "pid": standing.pid or None,
                              "alive": standing.alive}})
         return
-    put(f"database: {where}")
-    put("Job counts by state:")
-    always = list(State)[:5]
+    put(f"database: {where}\nJob counts by state:")
     put_table(["State", "Count"],
-              [[state, f"{counts[state]}{'+' * (state in capped)}"] for state in State
-               if state in always or counts[state]])
+              [[state, f"{counts[state]}{'+' * (state in capped)}"]
+               for at, state in enumerate(State) if at < 5 or counts[state]])
     if not standing.found:
         put(f"No worker PID file at {path}")
     elif standing.alive:
@@ -4588,16 +4280,13 @@ def _put_status(desk: Office, path: str, args: argparse.Namespace) -> None:
                    for row in queues])
     if workers:
         _put_workers(workers)
-    for name in _unserved(queues, workers):
-        say(f"warning: jobs wait in queue {name}, and no live worker serves it; start "
-            f"one: queuectl worker start --queue {name}")
-
-
-def _unserved(queues: Sequence[dict[str, Json]],
-              workers: Sequence[dict[str, Json]]) -> list[str]:
     served = [_names(row) for row in workers if row["state"] == "running"]
-    return [str(row["queue"]) for row in queues if row[State.PENDING]
-            and not any(not names or row["queue"] in names for names in served)]
+    for row in queues:
+        name = row["queue"]
+        unserved = not any(not names or name in names for names in served)
+        if row[State.PENDING] and unserved:
+            say(f"warning: jobs wait in queue {name}, and no live worker serves it; "
+                f"start one: queuectl worker start --queue {name}")
 
 
 @command(
@@ -4610,9 +4299,8 @@ def list_jobs(args: argparse.Namespace) -> None:
     """List jobs, the newest first."""
     if args.state is not None and args.state not in list(State):
         raise Problem(f"--state: no such state: {excerpt(args.state)}",
-                      nearest(args.state, list(State)) or f"states: {' '.join(State)}",
-                      USAGE)
-    limit = args.limit if args.limit is not None else 0 if args.json else 100
+                      nearest(args.state, State) or f"states: {' '.join(State)}", USAGE)
+    limit = _limit(args)
     with office() as desk:
         views = desk.jobs(args.state, args.queue, limit)
         if args.json:
@@ -4624,17 +4312,31 @@ def list_jobs(args: argparse.Namespace) -> None:
         total = desk.count(args.state, args.queue) if full else len(shown)
     put_table(["Id", "State", "Attempt", "Queue", "When", "Command"],
               [[view.id, view.state, f"{view.attempts}/{view.allowed}", view.queue,
-                _when(view), view.command[:400]] for view in shown],
+                _short(_when(view)), view.command[:400]] for view in shown],
               spare=["When", "Queue"])
-    if total > len(shown):
-        say(f"{len(shown):,} of {total:,}; --limit 0 for all")
+    _say_total(len(shown), total)
 
 
-def _when(view: View) -> str:
+def _limit(args: argparse.Namespace) -> int:
+    """How many rows to show; 0: all."""
+    if args.limit is None:
+        return 0 if args.json else 100
+    return int(args.limit)
+
+
+def _say_total(shown: int, total: int) -> None:
+    if total > shown:
+        say(f"{shown:,} of {total:,}; --limit 0 for all")
+
+
+def _when(view: View) -> str | None:
     """The time that matters in this state."""
-    moment = {State.PROCESSING: view.started_at, State.PENDING: view.created_at,
-              State.SCHEDULED: view.next_run_at, State.FAILED: view.next_run_at,
-              State.BLOCKED: view.created_at}.get(view.state, view.finished_at)
+    return {State.PROCESSING: view.started_at, State.PENDING: view.created_at,
+            State.SCHEDULED: view.next_run_at, State.FAILED: view.next_run_at,
+            State.BLOCKED: view.created_at}.get(view.state, view.finished_at)
+
+
+def _short(moment: str | None) -> str:
     return (moment or "")[:19].replace("T", " ")
 
 
@@ -4660,16 +4362,13 @@ def show(args: argparse.Namespace) -> None:
     if history:
         put("history:")
         put_table(["Run", "Attempt", "Started", "Seconds", "Exit", "Worker", "Reason"],
-                  [[run.run, run.attempt, run.started_at, _seconds(run.duration),
+                  [[run.run, run.attempt, run.started_at,
+                    "" if run.duration is None else f"{run.duration:.3f}",
                     run.exit_code, run.worker, _why(run)] for run in history],
                   spare=["Worker", "Attempt"])
     if output:
         put("output:")
         put(output.translate(MULTILINE).rstrip("\n"))
-
-
-def _seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
 
 
 def _why(run: Run) -> str:
@@ -4695,7 +4394,7 @@ def logs(args: argparse.Namespace) -> None:
 def cancel(args: argparse.Namespace) -> int:
     """Cancel jobs: waiting ones now, running ones by their worker."""
     with office(WRITING) as desk:
-        return report((desk.cancel(job_id) for job_id in args.ids), args.json)
+        return report(map(desk.cancel, args.ids), args.json)
 
 
 # -- dead letters
@@ -4703,7 +4402,7 @@ def cancel(args: argparse.Namespace) -> int:
 @command("dlq list", LIMIT, AS_JSON, examples=("dlq list", "dlq list --json"))
 def dlq_list(args: argparse.Namespace) -> None:
     """List the dead jobs, the last to die first."""
-    limit = args.limit if args.limit is not None else 0 if args.json else 100
+    limit = _limit(args)
     with office() as desk:
         letters = desk.dead_letters(limit)
         total = desk.count_dead_letters() if len(letters) == limit else len(letters)
@@ -4713,10 +4412,9 @@ def dlq_list(args: argparse.Namespace) -> None:
         return
     put_table(["Id", "Attempt", "Exit", "Reason", "Died", "Queue", "Command"],
               [[view.id, f"{view.attempts}/{view.allowed}", view.exit_code, view.reason,
-                (died_at or "")[:19].replace("T", " "), view.queue, view.command[:400]]
+                _short(died_at), view.queue, view.command[:400]]
                for view, died_at in letters], spare=["Died", "Queue", "Exit"])
-    if total > len(letters):
-        say(f"{len(letters):,} of {total:,}; --limit 0 for all")
+    _say_total(len(letters), total)
 
 
 @command(
@@ -4737,47 +4435,42 @@ def dlq_retry(args: argparse.Namespace) -> int:
 
 # -- settings
 
-def _known(key: str) -> str:
+def known_key(key: str) -> str:
     if key not in KNOBS:
         raise Problem(f"no such setting: {excerpt(key)}",
                       nearest(key, KNOBS) or f"settings: {' '.join(KNOBS)}", USAGE)
     return key
 
 
-KEY = arg("key", metavar="KEY", help="the setting's name")
+KEY = arg("key", type=known_key, metavar="KEY", help="the setting's name")
 
 
 @command("config set", KEY, arg("value", metavar="VALUE", help="its new value"),
          examples=("config set backoff_base 3", "config set job_timeout 10m"))
 def config_set(args: argparse.Namespace) -> None:
     """Store a setting; running workers take it within seconds."""
-    kind: Kind[object] = KNOBS[_known(args.key)].metadata["kind"]
-    kind.read(args.value, args.key)
+    KNOBS[args.key].metadata["kind"].read(args.value, args.key)
     with office(WRITING) as desk:
         desk.set_config(args.key, args.value)
         settings = configure(Environment(()), read_config(desk.database)).settings
-    hidden = Environment.read().find(variable_of(args.key))
+    name = variable_of(args.key)
+    hidden = Environment.read().find(name)
     if hidden:
-        say(f"queuectl: warning: {variable_of(args.key)}={excerpt(hidden[0])} "
-            f"({hidden[1]}) hides it here")
+        _whisper(f"warning: {name}={excerpt(hidden[0])} ({hidden[1]}) hides it here")
     if settings.lease_s > settings.worker_timeout:
-        say(f"queuectl: warning: worker_timeout is under 4 heartbeats; the lease is "
-            f"{say_duration(settings.lease_s)}")
+        _whisper("warning: worker_timeout is under 4 heartbeats; the lease is "
+                 f"{say_duration(settings.lease_s)}")
 
 
 @command("config get", KEY, examples=("config get backoff_base",))
 def config_get(args: argparse.Namespace) -> None:
     """Print the value in force."""
-    key = _known(args.key)
-    environment = Environment.read()
-    with _config_database() as database:
-        put(configure(environment, read_config(database)).origins[key][1])
+    put(configured_by(Environment.read(), READING).origins[args.key][1])
 
 
 @command("config unset", KEY, examples=("config unset backoff_base",))
 def config_unset(args: argparse.Namespace) -> None:
     """Remove a stored setting: its default holds again."""
-    _known(args.key)
     with office(WRITING) as desk:
         desk.set_config(args.key, None)
 
@@ -4785,11 +4478,9 @@ def config_unset(args: argparse.Namespace) -> None:
 @command("config list", AS_JSON, examples=("config list",))
 def config_list(args: argparse.Namespace) -> None:
     """Show every setting, its value's source and its default."""
-    environment = Environment.read()
-    with _config_database() as database:
-        configured = configure(environment, read_config(database))
+    configured = configured_by(Environment.read(), READING)
     for complaint in configured.complaints:
-        say(f"queuectl: warning: {complaint}")
+        _whisper(f"warning: {complaint}")
     rows = []
     for key, field in KNOBS.items():
         (source, text), about = configured.origins[key], field.metadata
@@ -4801,15 +4492,6 @@ def config_list(args: argparse.Namespace) -> None:
                       "default": about["default"], "help": about["help"]})
     if not args.json:
         put_table(["Key", "Value", "Source", "Default", "Help"], rows, ["Default"])
-
-
-@contextlib.contextmanager
-def _config_database() -> Iterator[Database]:
-    database = open_database(READING)
-    try:
-        yield database
-    finally:
-        database.close()
 
 
 # -- the database
@@ -4830,15 +4512,14 @@ def db_schema(args: argparse.Namespace) -> None:
 def db_start(args: argparse.Namespace) -> None:
     """Start a private MySQL in ./.queuectl, where there is none."""
     target = find_target(Environment.read())
-    folder = find_private_folder() or PRIVATE_FOLDER
     if target.source not in ("default", PRIVATE_FOLDER):
         raise Problem("a private server would not be used: "
                       f"{target.source} names {target}",
                       "remove DB_HOST, DB_PORT and DB_SOCKET there, or use that server")
+    folder = find_private_folder() or PRIVATE_FOLDER
     server = PrivateServer(folder)
-    started = server.start()
-    put(f"private server {'started' if started else 'runs already'} in {folder}, "
-        f"PID {server.running()}")
+    done = "started" if server.start() else "runs already"
+    put(f"private server {done} in {folder}, PID {server.running()}")
     put(init_database(find_target(Environment.read())))
 
 
@@ -4846,10 +4527,10 @@ def db_start(args: argparse.Namespace) -> None:
 def db_stop(args: argparse.Namespace) -> None:
     """Stop the private server; its data stays."""
     folder = find_private_folder()
-    if not folder or not PrivateServer(folder).stop():
-        say("queuectl: no private server runs here")
-        return
-    put(f"private server in {folder} stopped")
+    if folder and PrivateServer(folder).stop():
+        put(f"private server in {folder} stopped")
+    else:
+        _whisper("no private server runs here")
 
 
 # ---- main --------------------------------------------------------------------
@@ -4873,35 +4554,37 @@ class Parser(argparse.ArgumentParser):
 
 def find_command(words: Sequence[str]) -> tuple[Command, list[str]]:
     """The command that `words` name, wherever its words stand, and the other words."""
+    rest = list(words)
     firsts = {name.split()[0] for name in COMMANDS}
-    plain = [at for at, word in enumerate(words) if not word.startswith("-")]
-    at = next((at for at in plain if words[at] in firsts), None)
+    at = next((at for at, word in enumerate(rest) if word in firsts), None)
     if at is None:
-        word = words[plain[0]] if plain else ""
+        word = _first_plain(rest)
         raise Problem(f"no such command: {excerpt(word)}" if word else "no command",
                       nearest(word, [*firsts, *COMMANDS]) or "see: queuectl", USAGE)
-    first, rest = words[at], [*words[:at], *words[at + 1:]]
-    if first in COMMANDS:
-        return COMMANDS[first], rest
-    seconds = [name.split()[1] for name in COMMANDS if name.startswith(first + " ")]
+    name = rest.pop(at)
+    if name in COMMANDS:
+        return COMMANDS[name], rest
+    seconds = [one.split()[1] for one in COMMANDS if one.startswith(f"{name} ")]
     second = next((at for at in range(at, len(rest)) if rest[at] in seconds), None)
     if second is None:
-        given = next((word for word in rest[at:] if not word.startswith("-")), "")
-        raise Problem(f"{first}: no such command: {excerpt(given)}" if given
-                      else f"{first}: which of its commands?",
-                      nearest(given, seconds) or f"{first} {'|'.join(seconds)}", USAGE)
-    name = f"{first} {rest[second]}"
-    return COMMANDS[name], [*rest[:second], *rest[second + 1:]]
+        word = _first_plain(rest[at:])
+        raise Problem(f"{name}: no such command: {excerpt(word)}" if word
+                      else f"{name}: which of its commands?",
+                      nearest(word, seconds) or f"{name} {'|'.join(seconds)}", USAGE)
+    return COMMANDS[f"{name} {rest.pop(second)}"], rest
+
+
+def _first_plain(words: Sequence[str]) -> str:
+    return next((word for word in words if not word.startswith("-")), "")
 
 
 def parser_of(found: Command) -> Parser:
-    lines = "".join(f"\n  queuectl {line}" for line in found.examples)
-    parser = Parser(prog=f"queuectl {found.name}", allow_abbrev=False,
-                    description=found.body.__doc__, epilog=f"examples:{lines}",
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog=f"queuectl {found.name}", allow_abbrev=False,
+        description=found.body.__doc__,
+        epilog="\n  queuectl ".join(["examples:", *found.examples]),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     for names, options in found.args:
-        if found.name == "enqueue" and names == ("--json",):
-            options = {**options, "dest": "json_output"}
         parser.add_argument(*names, **options)  # type: ignore[arg-type]
     return parser
 
@@ -4923,7 +4606,7 @@ def run(argv: Sequence[str]) -> int:
     words, rest = words[:cut], words[cut + 1:]
     if words[:1] == ["help"]:
         words = [*words[1:], "--help"]
-    if not [word for word in words if word not in ("-h", "--help")]:
+    if not set(words) - {"-h", "--help"}:
         if rest:
             raise Problem("no command is given before --", "see: queuectl", USAGE)
         put_overview()
@@ -4947,12 +4630,10 @@ def main() -> int:
         sys.stdout.flush()
         return status_code
     except Problem as problem:
-        print(f"queuectl: {problem.what}", file=sys.stderr)
-        if problem.hint:
-            print(f"  {problem.hint}", file=sys.stderr)
+        _whisper(f"{problem.what}\n  {problem.hint}" if problem.hint else problem.what)
         return problem.status
     except RowRefused as refused:
-        print(f"queuectl: the server refused the data: {refused}", file=sys.stderr)
+        _whisper(f"the server refused the data: {refused}")
         return CANNOT
     except KeyboardInterrupt:
         return INTERRUPTED
