@@ -27,6 +27,7 @@ The file reads downwards: a room uses only the rooms above it.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -2524,11 +2525,62 @@ class Output:
         return bytes(self._head + mark + (self._tail[-room:] if room > 0 else b""))
 
 
+class Launchpad:
+    """What every run of this process starts from: environment, directory, score."""
+
+    def __init__(self, variables: Mapping[bytes, bytes]) -> None:
+        self._environment = job_environment(variables)
+        self._null = os.open(os.devnull, os.O_RDONLY)
+        self._home = os.open(".", os.O_RDONLY) if os.path.isdir(".") else -1
+        self._score, self._scores = -1, (b"0", b"0")
+        with contextlib.suppress(OSError, ValueError):  # not Linux
+            self._score = os.open("/proc/self/oom_score_adj", os.O_RDWR)
+            own = int(os.read(self._score, 16))
+            self._scores = b"%d" % own, b"%d" % min(own + OOM_SCORE_ADJ, 1000)
+        for handle in _open_files():
+            with contextlib.suppress(OSError):
+                os.set_inheritable(handle, handle < 3)
+
+    def spawn(self, command: bytes, cwd: bytes, output: int,
+              variables: Mapping[bytes, bytes]) -> int:
+        """The pid of a shell that runs `command` in a session of its own.
+
+        It inherits directory and score from us, who have them just for that moment:
+        that costs less than any other way, and lets posix_spawn do it, which in Python
+        3.9 is twice as fast as Popen.
+        """
+        if cwd:
+            os.chdir(cwd)
+        try:
+            self._rate(1)
+            return os.posix_spawn(
+                "/bin/sh", [b"/bin/sh", b"-c", command], {**self._environment, **variables},
+                file_actions=[(os.POSIX_SPAWN_DUP2, self._null, 0),
+                              (os.POSIX_SPAWN_DUP2, output, 1),
+                              (os.POSIX_SPAWN_DUP2, output, 2)],
+                setsid=True, setsigmask=())
+        finally:
+            self._rate(0)
+            if cwd and self._home >= 0:
+                os.fchdir(self._home)
+
+    def _rate(self, which: int) -> None:
+        if self._score >= 0:
+            with contextlib.suppress(OSError):
+                os.pwrite(self._score, self._scores[which], 0)
+
+
+def _open_files() -> list[int]:
+    try:
+        return [int(name) for name in os.listdir("/dev/fd")]
+    except OSError:
+        return list(range(256))
+
+
 class Process:
     """One run: the shell, its pipe, its time limit, and its end."""
 
-    def __init__(self, job: Job, settings: Settings,
-                 environment: Mapping[bytes, bytes]) -> None:
+    def __init__(self, job: Job, settings: Settings, launchpad: Launchpad) -> None:
         self.job, self.settings = job, settings
         self.key = (job.held.seq, job.held.token)
         self.mark = f"{job.held.token}-{job.held.seq}"
@@ -2547,30 +2599,23 @@ class Process:
         try:
             self.pipe, write_end = os.pipe()
             os.set_blocking(self.pipe, False)
-            self.pid = self._spawn(write_end, environment)
+            self.pid = self._spawn(write_end, launchpad)
         except (OSError, ValueError) as error:
             self.failure, self.gone = f"{error}, on {socket.gethostname()}", True
         finally:
             if write_end >= 0:
                 os.close(write_end)
 
-    def _spawn(self, write_end: int, environment: Mapping[bytes, bytes]) -> int:
+    def _spawn(self, write_end: int, launchpad: Launchpad) -> int:
         held, cwd, own = self.job.held, self.job.cwd, self.job.env
         added = {
             "QUEUECTL_JOB_ID": held.id, "QUEUECTL_ATTEMPT": str(held.attempts),
             "QUEUECTL_MAX_ATTEMPTS": str(held.allowed),
             "QUEUECTL_QUEUE": self.job.queue,
             **(json.loads(_read_env(own)) if own else {}), MARK: self.mark}
-        encoded = {name.encode(): text.encode() for name, text in added.items()}
-        shell = subprocess.Popen(
-            ["/bin/sh", "-c", self.job.command.encode()], start_new_session=True,
-            cwd=cwd.encode() if cwd else None, env={**environment, **encoded},
-            stdin=subprocess.DEVNULL, stdout=write_end, stderr=subprocess.STDOUT)
-        shell.returncode = 0  # the pid table reaps it, never Popen
-        with contextlib.suppress(OSError), \
-                open(f"/proc/{shell.pid}/oom_score_adj", "w") as score:
-            score.write(str(OOM_SCORE_ADJ))
-        return shell.pid
+        return launchpad.spawn(
+            self.job.command.encode(), cwd.encode() if cwd else b"", write_end,
+            {name.encode(): text.encode() for name, text in added.items()})
 
     def read(self) -> bool:
         """Take some of what the pipe holds; False at its end."""
@@ -2873,6 +2918,8 @@ def is_gone(pid: int, identity: str) -> bool:
 RESULTS_WAIT_S, NOTHING_TO_SETTLE_WAIT_S = 30.0, 5.0
 FORCED_WAIT_S, ORPHANED_WAIT_S = 0.5, 1.0
 LOOK_WHEN_DRAINING_S = 0.2
+STARTED_AT_ONCE = 4  # then the loop looks at what else has happened
+LOW_WATER = 8  # claimed jobs left to start when the next turn begins
 NOW = signal.SIGUSR1  # from the supervisor: end what runs; a terminal cannot send it
 HANDLED = (signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT,
            signal.SIGTERM, signal.SIGPIPE, NOW)
@@ -2888,6 +2935,7 @@ class Ledger:
         import mmap
 
         self._memory = mmap.mmap(-1, self.CELL * (slots + 2))
+        self._free = list(range(2, slots + 2))
 
     def sign(self, worker: str) -> None:
         self._write(0, worker)
@@ -2897,23 +2945,23 @@ class Ledger:
         self._write(1, "open")
 
     def note(self, mark: str) -> None:
-        self._write(self._cells().index("", 2), mark)
+        self._write(self._free.pop(), mark)
 
     def strike(self, mark: str) -> None:
-        self._write(self._cells().index(mark, 2), "")
+        cell = self._memory.find(mark.encode()) // self.CELL
+        self._write(cell, "")
+        self._free.append(cell)
 
     def read(self) -> tuple[str, bool, list[str]]:
         """The worker's id, whether it opened, and the marks of its runs."""
-        worker, opened, *marks = self._cells()
+        worker, opened, *marks = [
+            self._memory[at:at + self.CELL].rstrip(b"\0").decode()
+            for at in range(0, len(self._memory), self.CELL)]
         return worker, bool(opened), [mark for mark in marks if mark]
 
     def _write(self, cell: int, text: str) -> None:
         at, size = cell * self.CELL, self.CELL
         self._memory[at:at + size] = text.encode().ljust(size, b"\0")
-
-    def _cells(self) -> list[str]:
-        return [self._memory[at:at + self.CELL].rstrip(b"\0").decode()
-                for at in range(0, len(self._memory), self.CELL)]
 
 
 @dataclass(frozen=True)
@@ -2966,6 +3014,7 @@ class Worker:
 
         self.crew, self.post = crew, post
         self.settings, self.environment = crew.settings, crew.environment
+        self.claimed: collections.deque[Job] = collections.deque()  # not yet started
         self.processes: dict[int, Process] = {}  # by pid, also those that are ending
         self.ended: list[Ended] = []
         self.in_flight: Ask | None = None
@@ -2977,7 +3026,7 @@ class Worker:
         self._read_wake, self._wake = catch_signals()
         self._selector.register(self._read_wake, selectors.EVENT_READ, self._on_wake)
         self._selector.register(post.lifeline, selectors.EVENT_READ, self._on_orphaned)
-        self._inherited_environment = job_environment(os.environb)
+        self._launchpad = Launchpad(os.environb)
         self._policy = Policy(math.inf, max(2.0, self.settings.lease_s / 3), crew.say)
         self._desk = self._new_desk()
         self._clerk = ThreadPoolExecutor(1, "clerk", signal.pthread_sigmask,
@@ -2995,6 +3044,8 @@ class Worker:
             self._tick()
             if self._answer:
                 self._answer()
+            for _ in range(min(STARTED_AT_ONCE, len(self.claimed))):
+                self._start(self.claimed.popleft())
         return self.status
 
     # -- the database's side
@@ -3052,26 +3103,30 @@ class Worker:
         now = time.monotonic()
         if self._answer or not self.opened or self.retired or now < self.hold_until:
             return
+        if len(self.claimed) > LOW_WATER and now < self.next_look:
+            return  # ends gather while there is enough to start
         flushes = [flush for process in self.processes.values()
                    if now >= process.flush_at and (flush := process.flush())]
-        look = now >= self.next_look
+        look = now >= self.next_look or bool(
+            self.crew.drain and self.ended and not self.busy)
         if not (self.ended or flushes or look):
-            if self.stopping and not self.processes and not self.retiring:
+            if self.stopping and not self.busy and not self.retiring:
                 self.retiring = True
                 self._request(self._desk.retire, self._on_retired)
             return
         ended, self.ended = self.ended, []
-        running = list(self.processes.values())
-        full = self.stopping or any(one.job.held.alone for one in running)
-        ask = Ask(ended, flushes, [one.key for one in running],
-                  0 if full else self.post.slots - len(running),
+        held = [*(job.held for job in self.claimed),
+                *(process.job.held for process in self.processes.values())]
+        full = self.stopping or any(one.alone for one in held)
+        ask = Ask(ended, flushes, [(one.seq, one.token) for one in held],
+                  0 if full else self.post.slots - len(held),
                   look, look and now >= self.next_judge,
                   self.crew.drain and not self.stopping,
                   "stopping" if self.stopping else "running")
         if look:
             self.next_look = now + min(
                 self.settings.poll_interval, self.settings.heartbeat,
-                LOOK_WHEN_DRAINING_S if self.crew.drain and not running else math.inf)
+                LOOK_WHEN_DRAINING_S if self.crew.drain and not held else math.inf)
         if ask.judge:
             self.next_judge = now + self.settings.heartbeat
         self.in_flight = ask
@@ -3110,8 +3165,7 @@ class Worker:
         if not turn.alive:
             self._on_lost()
             return
-        for job in turn.jobs:
-            self._start(job)
+        self.claimed.extend(turn.jobs)
         self.next_look = min(self.next_look, time.monotonic() + turn.due_s)
         if turn.look:
             self._on_look(turn.look)
@@ -3136,14 +3190,20 @@ class Worker:
             self.settings = self._desk.settings = configured.settings
             for process in self.processes.values():
                 process.settings = configured.settings  # one kill_grace for all of us
-        if look.drained and not self.processes and not self.ended:
+        if look.drained and not self.busy and not self.ended:
             self._stop()
+
+    @property
+    def busy(self) -> int:
+        """How many slots are taken."""
+        return len(self.claimed) + len(self.processes)
 
     def _on_lost(self) -> None:
         """We were declared lost: our runs are others' now. End them, and enter anew."""
         self.crew.say(f"this worker ({self._desk.me.id}) was declared lost: ending its "
                       f"{len(self.processes)} runs and entering anew")
         self._end_all(Reason.LOST)
+        self.claimed.clear()
         self.ended.clear()
         self.opened = False
         self._desk.database.close()
@@ -3157,7 +3217,7 @@ class Worker:
             self.ended.append((job.held, End(Reason.HANDED_BACK)))
             return
         self.post.ledger.note(f"{job.held.token}-{job.held.seq}")
-        process = Process(job, self.settings, self._inherited_environment)
+        process = Process(job, self.settings, self._launchpad)
         if process.gone:
             self._settle(process)
             return
@@ -3266,7 +3326,7 @@ class Worker:
         asked = self.in_flight.ended if self.in_flight else ()
         unsettled = [*asked, *self.ended]
         now = time.monotonic()
-        if not self.processes:
+        if not self.busy:
             if self.retired and not self.ended:
                 return True
             wait_s = RESULTS_WAIT_S if self.crew.grace_s is None else self.crew.grace_s
@@ -3277,6 +3337,7 @@ class Worker:
             return False
         lost = [held.id for held, _ in unsettled]
         lost += [process.job.held.id for process in self.processes.values()]
+        lost += [job.held.id for job in self.claimed]
         if lost:
             self.crew.say("the database did not take the results of "
                           f"{', '.join(lost)}: they will run again")
@@ -3285,11 +3346,13 @@ class Worker:
 
     def _pause(self) -> float:
         """Seconds until the next timer."""
+        if self.claimed:
+            return 0.0
         times = [self.grace_at, self.give_up_at]
         times += [process.check_at for process in self.processes.values()]
         if not self._answer and self.opened and not self.retired:
             due = [self.next_look, *(one.flush_at for one in self.processes.values())]
-            to_retire = self.stopping and not self.processes and not self.retiring
+            to_retire = self.stopping and not self.busy and not self.retiring
             if self.ended or to_retire:
                 due = [0.0]
             times.append(max(self.hold_until, min(due)))
