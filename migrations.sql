@@ -116,7 +116,6 @@ CREATE TABLE IF NOT EXISTS workers (
   supervisor   BIGINT NOT NULL,
   process      VARCHAR(255) NOT NULL,
   slots        INT NOT NULL,
-  busy         INT NOT NULL DEFAULT 0,
   queues       TEXT NULL,
   state        VARCHAR(10) NOT NULL DEFAULT 'running',
   beat         BIGINT NOT NULL DEFAULT 0,

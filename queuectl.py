@@ -15,6 +15,7 @@ The file reads downwards: a room uses only the rooms above it.
     enqueueing   what a job may say, and its way into the table
     claiming     one turn: beat, settle, promote, claim; and taking over what was lost
     looking      what status, list and show ask; cancel, dead letters, settings
+    doorbell     waking idle workers at once, by MySQL alone
     runner       one shell command: its output, its time limit, its end
     worker       claim, run, settle, again
     supervisor   keeping workers alive: PID file, log, signals, restarts
@@ -220,6 +221,8 @@ class Settings:
         whole(0, 16 << 20), "65536", "bytes of a run's output that are kept")
     poll_interval: float = knob(
         duration(0.05, 60), "1", "seconds between looks of an idle worker")
+    doorbell: str = knob(
+        choice("on", "off"), "on", "wake idle workers at once; off behind a proxy")
     heartbeat: float = knob(
         duration(0.1, 600), "5", "the longest time between two beats of a worker")
     worker_timeout: float = knob(
@@ -494,7 +497,7 @@ class State(str, enum.Enum):
 
 
 class Move(NamedTuple):
-    leaves: Collection[State]
+    leaves: set[State]
     to: State
 
 
@@ -756,7 +759,6 @@ CREATE TABLE IF NOT EXISTS workers (
   supervisor   BIGINT NOT NULL,
   process      VARCHAR(255) NOT NULL,
   slots        INT NOT NULL,
-  busy         INT NOT NULL DEFAULT 0,
   queues       TEXT NULL,
   state        VARCHAR(10) NOT NULL DEFAULT 'running',
   beat         BIGINT NOT NULL DEFAULT 0,
@@ -823,6 +825,7 @@ class Trouble(enum.Enum):
 
 
 BINLOG_NEEDS_REPEATABLE_READ = 1665
+QUERY_KILLED = 1317
 CODES = {
     Trouble.REPEAT: {1205, 1213, 1020, 1180, 1969, 3024, 3101, 3572},
     Trouble.RECONNECT: {0, 2002, 2003, 2006, 2013, 2055, 1053, 1079, 1152, 1158, 1159,
@@ -931,6 +934,34 @@ class Database:
             except _Driver().ProgrammingError:
                 self._skip_locked = False
         return self._skip_locked
+
+    @property
+    def mariadb(self) -> bool:
+        return "MariaDB" in self.version
+
+    def attempt(self, work: Callable[[Cursor], T]) -> T | None:
+        """Try once to do what may as well fail; None if it did."""
+        try:
+            self._connection = self._connection or self._connect()
+            return work(self._connection.cursor())
+        except _Driver().MySQLError as error:
+            if diagnose(error)[0] is not Trouble.BUG:
+                self.close()
+            return None
+
+    def sleep(self, seconds: int, note: str) -> bool:
+        """Sleep in the server, as `note` in its list of processes; whether KILL QUERY
+        ended that early."""
+        def work(cursor: Cursor) -> bool:
+            try:
+                cursor.execute(f"SELECT SLEEP({seconds}) /* {note} */")
+                return bool(_single(cursor))  # MySQL: 1
+            except _Driver().OperationalError as error:
+                if error.args[0] != QUERY_KILLED:  # MariaDB
+                    raise
+                return True
+
+        return self.read(work)
 
     @staticmethod
     def _in_transaction(cursor: Cursor, work: Callable[[Cursor], T]) -> T:
@@ -1107,21 +1138,21 @@ class Database:
 
         A session that a partition left behind, with its locks, must not last.
         """
+        cursor.execute("SELECT VERSION(), @@max_allowed_packet, @@read_only")
+        version, self.packet_bytes, read_only = cursor.fetchone() or ("", 0, 0)
+        self.version = str(version)
+        limit = f"max_{'statement' if self.mariadb else 'execution'}_time"
         lock_wait_s = max(1, min(10, int(self.policy.timeout_s) - 1))
-        level = "READ COMMITTED" if self.read_committed else "REPEATABLE READ"
         cursor.execute("SET SESSION sql_mode = 'STRICT_ALL_TABLES', "
-                       "time_zone = '+00:00', "
+                       f"time_zone = '+00:00', {limit} = 0, "
                        f"innodb_lock_wait_timeout = {lock_wait_s}, "
                        f"wait_timeout = {int(4 * self.policy.timeout_s)}")
+        level = "READ COMMITTED" if self.read_committed else "REPEATABLE READ"
         cursor.execute(f"SET SESSION TRANSACTION ISOLATION LEVEL {level}")
-        cursor.execute("SELECT VERSION(), @@max_allowed_packet, @@read_only")
-        row = cursor.fetchone()
-        assert row
-        self.version, self.packet_bytes = str(row[0]), int(row[1])
         if not self.bare:
             cursor.execute("SELECT value FROM config WHERE `key` = 'schema_version'")
             check_schema(cursor.fetchone(), self.target.database)
-        return not row[2]
+        return not read_only
 
 
 _FOUND_ROWS = 2  # an UPDATE counts the rows it matched, changed or not
@@ -1429,6 +1460,7 @@ class Spool:
         self._count = 0
         self.columns: list[str] = []
         self.first_id = ""
+        self.queues: set[str] = set()
 
     def __len__(self) -> int:
         return self._count
@@ -1442,6 +1474,7 @@ class Spool:
         self._file.write(json.dumps(values) + "\n")
         self.columns += [name for name in values if name not in self.columns]
         self.first_id = self.first_id or str(values["id"])
+        self.queues.add(str(values.get("queue", "default")))
         self._count += 1
 
 
@@ -1553,9 +1586,9 @@ def _explain_refusal(database: Database, refused: RowRefused) -> Problem:
 
 HISTORY_KEPT = 20
 PROMOTED_AT_ONCE = 500
+NEIGHBOURS_PROMOTION_S = 0.05
 DETAIL_MAX, LAST_LINE_MAX = 1024, 255
 Ended = Tuple[Held, End]
-Beats = Mapping[str, Tuple[int, float]]  # of each worker, with its lease
 
 
 @dataclass(frozen=True)
@@ -1588,19 +1621,25 @@ class Ask:
     flushes: Sequence[Flush] = ()
     running: Collection[tuple[int, str]] = ()  # (seq, token) of the runs that go on
     free: int = 0
-    look: bool = False  # promote, find queues, read cancellations and settings
-    judge: bool = False  # and look after the other workers
+    look: bool = False  # for cancellations, settings, due jobs and new queues
+    judge: bool = False  # and beat in any case, and look after the other workers
     drain: bool = False
     state: str = "running"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Look:
     """What a worker sees when it looks around."""
 
-    cancelled: frozenset[tuple[int, str]]
-    config: Mapping[str, str]
-    drained: bool
+    config: dict[str, str] = dataclasses.field(default_factory=dict)
+    runs: dict[tuple[int, str], bool] = dataclasses.field(default_factory=dict)
+    others_cancelled: bool = False  # a run of another worker is to be ended
+    waiting: bool = False  # there are pending jobs
+    due_s: float = math.inf  # until the next delayed or failed job is due
+    beats: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
+    strays: list[str | None] = dataclasses.field(default_factory=list)
+    forgotten: list[str] = dataclasses.field(default_factory=list)
+    drained: bool = False
 
 
 class Change(NamedTuple):
@@ -1660,41 +1699,64 @@ class Desk:
         self._token = ""  # of what this turn claims
         self._marked: list[int] = []  # seqs that it has claimed so far
         self._settled: dict[int, str] = {}  # and what it has settled: seq and token
+        self._reached: dict[str, tuple[int, int]] = {}  # where each queue's claim ended
+        self._state = ""  # as our row says
         self._judge = Judge()
 
     # -- one turn
 
     def turn(self, ask: Ask) -> Turn:
-        """Settle what ended, claim up to `free` jobs, and look around where asked."""
+        """Look around where asked, settle what ended, claim up to `free` jobs."""
         self._token = secrets.token_hex(8)
+        look = None
+        if ask.look:
+            look = self.database.read(lambda cursor: self._look(cursor, ask))
         try:
-            done = self.database.transact(lambda cursor: self._turn(cursor, ask),
-                                          self._look_back)
+            done = self._work(ask, look)
         except RowRefused as refused:
             return self._turn_without(ask, refused)
         if not done.alive:
             return done
         jobs = self.database.read(self._read_claimed)
-        look = None
-        if ask.look:
-            look = self.database.read(lambda cursor: self._look(cursor, ask))
-        notes = self._look_after_others() if ask.judge else []
+        notes = []
+        if look:
+            self._hand_back_unrun(ask, look)
+            if ask.drain and not (ask.running or jobs):
+                look.drained = self.database.read(self._drained)
+            if ask.judge:
+                notes = self._look_after_others(look)
         return dataclasses.replace(done, jobs=jobs, look=look, notes=notes)
 
-    def _turn(self, cursor: Cursor, ask: Ask) -> Turn:
-        self._marked, self._settled = [], {}
+    def _work(self, ask: Ask, look: Look | None) -> Turn:
+        """One transaction; a beat alone is one statement, and often not even due."""
+        if not look or ask.ended or ask.flushes or look.due_s <= 0 \
+                or (ask.free and look.waiting):
+            return self.database.transact(lambda cursor: self._turn(cursor, ask, look),
+                                          self._look_back)
+        if ask.judge or ask.state != self._state:
+            alive = self.database.read(lambda cursor: self._beat(cursor, ask))
+            return Turn(alive=alive, due_s=look.due_s)
+        return Turn(due_s=look.due_s)
+
+    def _beat(self, cursor: Cursor, ask: Ask) -> bool:
+        """Raise our beat; False if we were declared lost."""
         cursor.execute(
             "UPDATE workers SET beat = beat + 1, heartbeat_at = UTC_TIMESTAMP(6), "
-            "busy = %s, state = %s, lease = %s WHERE id = %s AND lost_at IS NULL",
-            (len(ask.running), ask.state, self.settings.lease_s, self.me.id))
-        if not cursor.rowcount:
+            "state = %s, lease = %s WHERE id = %s AND lost_at IS NULL",
+            (ask.state, self.settings.lease_s, self.me.id))
+        self._state = ask.state
+        return bool(cursor.rowcount)
+
+    def _turn(self, cursor: Cursor, ask: Ask, look: Look | None) -> Turn:
+        self._marked, self._settled = [], {}
+        if not self._beat(cursor, ask):
             return Turn(alive=False)
         changes = self._settle(cursor, ask.ended)
         self._flush(cursor, ask.flushes)
         due_s = min((change.verdict.wait_s for change in changes
                      if change.to is State.FAILED), default=math.inf)
-        if ask.look:
-            due_s = self._promote(cursor)
+        if look:
+            due_s = min(due_s, look.due_s if look.due_s > 0 else self._promote(cursor))
         if ask.free:
             self._claim(cursor, ask)
         return Turn(due_s=due_s, changes=changes)
@@ -1851,8 +1913,8 @@ class Desk:
     # -- promote and claim
 
     def _promote(self, cursor: Cursor) -> float:
-        """Make due jobs pending; seconds until the next is due (0: more are now)."""
-        due_s = math.inf
+        """Make due jobs pending; how soon to look for more of them."""
+        promoted = 0
         skip_locked = "SKIP LOCKED" if self.database.skip_locked(cursor) else ""
         for state in (State.SCHEDULED, State.FAILED):
             cursor.execute(
@@ -1861,22 +1923,14 @@ class Desk:
                 f"ORDER BY next_run_at LIMIT {PROMOTED_AT_ONCE} "
                 f"FOR UPDATE {skip_locked}", (state,))
             seqs = [row[0] for row in cursor.fetchall()]
+            promoted += len(seqs)
             if seqs:
                 cursor.execute(
                     "UPDATE jobs FORCE INDEX (PRIMARY) SET state = %s "
                     f"WHERE state = %s AND seq IN ({placeholders(seqs)})",
                     (MOVES["release"].to, state, *seqs))
-            cursor.execute(
-                "SELECT TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), next_run_at) "
-                "FROM jobs FORCE INDEX (jobs_due) "
-                "WHERE state = %s ORDER BY next_run_at LIMIT 1", (state,))
-            row = cursor.fetchone()
-            if len(seqs) == PROMOTED_AT_ONCE:
-                due_s = 0.0
-            elif row:
-                # A due row that stays is in a neighbour's promotion: no hurry for us.
-                due_s = min(due_s, row[0] / 1e6 if row[0] > 0 else 1.0)
-        return due_s
+        # A due row that we did not get is in a neighbour's promotion: no hurry for us.
+        return 0.0 if promoted else NEIGHBOURS_PROMOTION_S
 
     def _claim(self, cursor: Cursor, ask: Ask) -> None:
         """Mark up to `free` jobs with the token, shared over the queues with some."""
@@ -1885,6 +1939,8 @@ class Desk:
         if not self._queues:
             return
         self._queues.append(self._queues.pop(0))
+        if ask.look or not ask.running:
+            self._reached.clear()
         share, idle = -(-ask.free // len(self._queues)), not ask.running
         for at_most in sorted({share, ask.free}):  # to each its share, then the rest
             for name in self._queues:
@@ -1900,13 +1956,21 @@ class Desk:
         """
         if not self.database.skip_locked(cursor) or not self._use_skip_locked:
             return self._take_by_update(cursor, name, wanted, idle)
+        # Start where the last claim ended: under a long snapshot (a mysqldump) the
+        # entries of claimed rows stay in the index, and each would be walked over.
+        reached, only = self._reached.get(name), ""
+        if reached:
+            order, seq = reached
+            only = (f"AND (claim_order < {order} OR claim_order > {order} "
+                    f"OR (claim_order = {order} AND seq > {seq}))")
         cursor.execute(
-            "SELECT seq, losses FROM jobs FORCE INDEX (jobs_claim) "
-            "WHERE state = 'pending' AND queue = %s "
+            "SELECT seq, losses, claim_order FROM jobs FORCE INDEX (jobs_claim) "
+            f"WHERE state = 'pending' AND queue = %s {only} "
             "ORDER BY claim_order, seq LIMIT %s FOR UPDATE SKIP LOCKED", (name, wanted))
         seqs: list[int] = []
         alone = False
-        for seq, losses in cursor.fetchall():
+        for seq, losses, order in cursor.fetchall():
+            self._reached[name] = (order, seq)
             alone = losses >= ALONE_AFTER_LOSSES
             if not alone or (idle and not seqs and not self._marked):
                 seqs.append(seq)
@@ -1987,21 +2051,39 @@ class Desk:
     # -- look around
 
     def _look(self, cursor: Cursor, ask: Ask) -> Look:
-        cursor.execute(
-            "SELECT seq, token, cancel_requested_at IS NOT NULL "
-            "FROM jobs FORCE INDEX (jobs_due) "
-            "WHERE state = 'processing' AND worker = %s", (self.me.id,))
-        runs = {(seq, str(held)): bool(asked) for seq, held, asked in cursor.fetchall()}
+        """All that an idle worker wants to know, by one statement."""
+        only = f"AND queue IN ({placeholders(self.me.queues)})" * bool(self.me.queues)
+        values = [self.me.id, self.me.id, *self.me.queues, *[self.me.id] * ask.judge]
+        cursor.execute(LOOK.format(only=only) + LOOK_AT_OTHERS * ask.judge, values)
+        look = Look()
+        for what, name, value, more in cursor.fetchall():
+            if what == "config":
+                look.config[name] = value
+            elif what == "run":
+                look.runs[int(value), name] = more == "1"
+            elif what == "cancelled":
+                look.others_cancelled = True
+            elif what == "waiting":
+                look.waiting = True
+            elif what == "due":
+                look.due_s = min(look.due_s, int(value) / 1e6)
+            elif what == "beat":
+                look.beats[name] = int(value), float(more)
+            elif what == "stray":
+                look.strays.append(name)
+            elif what == "forgotten":
+                look.forgotten.append(name)
+        return look
+
+    def _hand_back_unrun(self, ask: Ask, look: Look) -> None:
+        """Hand back rows under our name that we do not run: a read-back failed."""
         known = {*ask.running, *((held.seq, held.token) for held, _ in ask.ended)}
-        unrun = [seq for seq, held in runs.keys() - known if held != self._token]
-        if unrun:  # a read-back failed: hand back what is under our name
-            jobs = self._read_jobs(
+        unrun = [seq for seq, _ in look.runs.keys() - known]
+        if unrun:
+            jobs = self.database.read(lambda cursor: self._read_jobs(
                 cursor, "PRIMARY", f"worker = %s AND seq IN ({placeholders(unrun)})",
-                (self.me.id, *unrun))
+                (self.me.id, *unrun)))
             self._settle_now([(job.held, End(Reason.HANDED_BACK)) for job in jobs])
-        cancelled = frozenset(run for run, asked in runs.items() if asked)
-        drained = ask.drain and not runs and self._drained(cursor)
-        return Look(cancelled, config_rows(cursor), drained)
 
     def _drained(self, cursor: Cursor) -> bool:
         """Whether our queues, paused ones aside, hold nothing that may still run."""
@@ -2015,36 +2097,23 @@ class Desk:
 
     # -- the other workers
 
-    def _look_after_others(self) -> list[str]:
+    def _look_after_others(self, look: Look) -> list[str]:
         """Judge the others by their beats, and take over what has no live worker."""
-        def survey(cursor: Cursor) -> tuple[Beats, list[str | None], list[Row]]:
-            cursor.execute("SELECT id, beat, lease FROM workers "
-                           "WHERE lost_at IS NULL AND id <> %s", (self.me.id,))
-            beats = {worker: (beat, lease) for worker, beat, lease in cursor.fetchall()}
-            cursor.execute(
-                "SELECT DISTINCT jobs.worker FROM jobs FORCE INDEX (jobs_due) "
-                "LEFT JOIN workers ON workers.id = jobs.worker AND lost_at IS NULL "
-                "WHERE jobs.state = 'processing' AND workers.id IS NULL")
-            strays = [row[0] for row in cursor.fetchall()]
-            cursor.execute("SELECT id FROM workers "
-                           "WHERE lost_at < UTC_TIMESTAMP(6) - INTERVAL 1 DAY")
-            return beats, strays, list(cursor.fetchall())
-
-        seen, strays, forgotten = self.database.read(survey)
         notes = []
-        lost = self._judge.observe(time.monotonic(), seen, self.settings.heartbeat)
-        for worker, beat in lost.items():
+        beats, heartbeat_s = look.beats, self.settings.heartbeat
+        for worker, beat in self._judge.observe(
+                time.monotonic(), beats, heartbeat_s).items():
             taken = self.take_over(worker, beat)
             if taken is not None:
-                silence = say_duration(seen[worker][1])
+                silence = say_duration(beats[worker][1])
                 notes.append(f"worker {worker} is lost, no beat for {silence}; {taken} "
                              "runs taken over")
-        for stray in strays:
+        for stray in look.strays:
             taken = self.take_over(stray, None)
             if taken:
                 notes.append(f"worker {stray} has no live row; {taken} runs taken over")
-        for row in forgotten:  # by id: a scan would wait for all who are in a turn
-            execute(self.database, "DELETE FROM workers WHERE id = %s", *row)
+        for worker in look.forgotten:  # by id: a scan would wait for all in a turn
+            execute(self.database, "DELETE FROM workers WHERE id = %s", worker)
         return notes
 
     def take_over(self, worker: str | None, beat: int | None) -> int | None:
@@ -2107,6 +2176,37 @@ class Desk:
         execute(self.database, "DELETE FROM workers WHERE id = %s", self.me.id)
 
 
+LOOK = """
+SELECT 'config', CAST(`key` AS CHAR), CAST(value AS CHAR), NULL FROM config
+UNION ALL
+SELECT IF(worker = %s, 'run', 'cancelled'), CAST(token AS CHAR), CAST(seq AS CHAR),
+       CAST(cancel_requested_at IS NOT NULL AS CHAR)
+  FROM jobs FORCE INDEX (jobs_due)
+ WHERE state = 'processing' AND (worker = %s OR cancel_requested_at IS NOT NULL)
+UNION ALL
+(SELECT 'waiting', NULL, NULL, NULL FROM jobs FORCE INDEX (jobs_claim)
+  WHERE state = 'pending' {only} LIMIT 1)
+UNION ALL
+(SELECT 'due', NULL, CAST(TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), next_run_at)
+                          AS CHAR), NULL
+   FROM jobs FORCE INDEX (jobs_due) WHERE state = 'scheduled'
+  ORDER BY next_run_at LIMIT 1)
+UNION ALL
+(SELECT 'due', NULL, CAST(TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), next_run_at)
+                          AS CHAR), NULL
+   FROM jobs FORCE INDEX (jobs_due) WHERE state = 'failed'
+  ORDER BY next_run_at LIMIT 1)"""
+LOOK_AT_OTHERS = """
+UNION ALL
+SELECT IF(lost_at IS NULL, 'beat', 'forgotten'), CAST(id AS CHAR), CAST(beat AS CHAR),
+       CAST(lease AS CHAR)
+  FROM workers
+ WHERE id <> %s AND (lost_at IS NULL OR lost_at < UTC_TIMESTAMP(6) - INTERVAL 1 DAY)
+UNION ALL
+SELECT DISTINCT 'stray', CAST(jobs.worker AS CHAR), NULL, NULL
+  FROM jobs FORCE INDEX (jobs_due)
+  LEFT JOIN workers ON workers.id = jobs.worker AND lost_at IS NULL
+ WHERE jobs.state = 'processing' AND workers.id IS NULL"""
 CLAIM_ASSIGNMENTS = """
    SET state = 'processing', token = %s, worker = %s, attempts = attempts + 1,
        runs = runs + 1, started_at = UTC_TIMESTAMP(6), finished_at = NULL,
@@ -2357,9 +2457,11 @@ class Office:
         """The workers that are not lost; `silent`: no beat for longer than a lease."""
         def work(cursor: Cursor) -> list[dict[str, Json]]:
             cursor.execute(
-                "SELECT id, host, pid, slots, busy, queues, heartbeat_at, "
-                "IF(heartbeat_at < UTC_TIMESTAMP(6) - INTERVAL lease SECOND, 'silent', "
-                "state) FROM workers WHERE lost_at IS NULL ORDER BY host, pid")
+                "SELECT id, host, pid, slots, (SELECT COUNT(*) FROM jobs WHERE "
+                "jobs.state = 'processing' AND worker = workers.id), queues, "
+                "heartbeat_at, IF(heartbeat_at < UTC_TIMESTAMP(6) - INTERVAL lease "
+                "SECOND, 'silent', state) "
+                "FROM workers WHERE lost_at IS NULL ORDER BY host, pid")
             return [{"id": worker, "host": host, "pid": pid, "slots": slots,
                      "busy": busy, "queues": queues.split(",") if queues else [],
                      "heartbeat_at": say_time(beat_at), "state": state}
@@ -2488,6 +2590,68 @@ def read_config(database: Database) -> dict[str, str]:
     return {key: value for key, value in found.items() if key in KNOBS}
 
 
+# ---- doorbell ----------------------------------------------------------------
+#
+# MySQL has no NOTIFY. A supervisor with a free slot parks a sleep on a connection of
+# its own; who has something for it finds that sleep among the server's processes and
+# ends it by KILL QUERY. The connection does nothing else, so nothing else can be hit.
+# This is for speed alone: where it cannot work (a proxy, another account, a cluster's
+# other node) the poll finds the work.
+
+DOORBELL = "queuectl doorbell"
+PARKED_S = 10  # a sleep outlives its killed client by as much
+
+
+def ring(database: Database, count: int = sys.maxsize, queues: Collection[str] = (),
+         worker: str = "") -> None:
+    """Wake up to `count` idle supervisors, and one more lest one be dead: those that
+    serve one of `queues`, or have this worker; none named: any."""
+    def parked(cursor: Cursor) -> list[int]:
+        release = [int(part) for part in re.findall(r"\d+", database.version)[:3]]
+        schema = "performance" if not database.mariadb and release >= [8, 0, 22] \
+            else "information"
+        cursor.execute(f"SELECT id, info FROM {schema}_schema.processlist "
+                       "WHERE db = DATABASE() AND info LIKE %s",
+                       (f"SELECT SLEEP(%) /* {DOORBELL} %",))
+        found = []
+        for number, text in cursor.fetchall():
+            *_, parker, served, _ = text.split()
+            serves = served == "-" or not queues or {*served.split(",")} & {*queues}
+            if serves and worker in ("", parker):
+                found.append(number)
+        return found
+
+    found = database.attempt(parked) or []
+    random.shuffle(found)
+    for number in found[:count + 1]:
+        kill = f"KILL QUERY {number}"
+        database.attempt(lambda cursor, kill=kill: cursor.execute(kill))  # type: ignore
+
+
+class Doorbell:
+    """A thread that parks a sleep when told to, and calls `rung` when it was ended."""
+
+    def __init__(self, target: Target, note: str, rung: Callable[[], None]) -> None:
+        policy = Policy(math.inf, 1.5 * PARKED_S, say=lambda text: None)
+        self._database = Database(target, policy)
+        self._note, self._rung = f"{DOORBELL} {note}", rung
+        self._wanted = threading.Event()
+        threading.Thread(target=self._wait, daemon=True).start()
+
+    def park(self) -> bool:
+        """Have it parked from now until it is rung; False if it is so already."""
+        if self._wanted.is_set():
+            return False
+        self._wanted.set()
+        return True
+
+    def _wait(self) -> None:
+        while self._wanted.wait():
+            if self._database.sleep(PARKED_S, self._note):
+                self._wanted.clear()
+                self._rung()
+
+
 # ---- runner ------------------------------------------------------------------
 #
 # One shell command: its output, its time limit, its end. The only room that kills,
@@ -2554,7 +2718,8 @@ class Launchpad:
         try:
             self._rate(1)
             return os.posix_spawn(
-                "/bin/sh", [b"/bin/sh", b"-c", command], {**self._environment, **variables},
+                "/bin/sh", [b"/bin/sh", b"-c", command],
+                {**self._environment, **variables},
                 file_actions=[(os.POSIX_SPAWN_DUP2, self._null, 0),
                               (os.POSIX_SPAWN_DUP2, output, 1),
                               (os.POSIX_SPAWN_DUP2, output, 2)],
@@ -2919,6 +3084,8 @@ RESULTS_WAIT_S, NOTHING_TO_SETTLE_WAIT_S = 30.0, 5.0
 FORCED_WAIT_S, ORPHANED_WAIT_S = 0.5, 1.0
 LOOK_WHEN_DRAINING_S = 0.2
 STARTED_AT_ONCE = 4  # then the loop looks at what else has happened
+RELAXED = 1.5  # how much longer than poll_interval a look may wait for the doorbell
+PARKING_S = 0.005  # how long a sleep takes until others can find it
 LOW_WATER = 8  # claimed jobs left to start when the next turn begins
 NOW = signal.SIGUSR1  # from the supervisor: end what runs; a terminal cannot send it
 HANDLED = (signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT,
@@ -2964,6 +3131,39 @@ class Ledger:
         self._memory[at:at + size] = text.encode().ljust(size, b"\0")
 
 
+class Neighbours:
+    """What the processes of one supervisor know of each other: how busy each is. A pipe
+    to each has it look around."""
+
+    def __init__(self, slots: Sequence[int]) -> None:
+        import mmap
+
+        self._slots = slots
+        self._busy = memoryview(mmap.mmap(-1, 2 * len(slots))).cast("H")
+        self._pipes = [os.pipe() for _ in slots]
+        for end in itertools.chain(*self._pipes):
+            os.set_blocking(end, False)
+
+    def listener(self, number: int) -> int:
+        return self._pipes[number][0]
+
+    def report(self, number: int, busy: int) -> None:
+        self._busy[number] = busy
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def idle(self) -> list[int]:
+        """Those with a free slot."""
+        return [number for number, slots in enumerate(self._slots)
+                if self._busy[number] < slots]
+
+    def wake(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            with contextlib.suppress(BlockingIOError):  # it was told often enough
+                os.write(self._pipes[number][1], b"+")
+
+
 @dataclass(frozen=True)
 class Crew:
     """What all worker processes of one supervisor have in common."""
@@ -2982,6 +3182,8 @@ class Crew:
 class Post:
     """One worker process's place in the crew."""
 
+    number: int
+    neighbours: Neighbours
     slots: int
     supervisor: int
     lifeline: int  # readable once the supervisor is gone
@@ -3019,6 +3221,7 @@ class Worker:
         self.ended: list[Ended] = []
         self.in_flight: Ask | None = None
         self.opened = self.stopping = self.forced = self.retiring = self.retired = False
+        self._nudged = False  # somebody says that there is something to look at
         self.grace_at = self.give_up_at = math.inf
         self.next_look = self.next_judge = self.hold_until = 0.0
         self.status = 0
@@ -3026,12 +3229,15 @@ class Worker:
         self._read_wake, self._wake = catch_signals()
         self._selector.register(self._read_wake, selectors.EVENT_READ, self._on_wake)
         self._selector.register(post.lifeline, selectors.EVENT_READ, self._on_orphaned)
+        self._nudges = post.neighbours.listener(post.number)
+        self._selector.register(self._nudges, selectors.EVENT_READ, self._on_nudged)
         self._launchpad = Launchpad(os.environb)
         self._policy = Policy(math.inf, max(2.0, self.settings.lease_s / 3), crew.say)
         self._desk = self._new_desk()
         self._clerk = ThreadPoolExecutor(1, "clerk", signal.pthread_sigmask,
                                          (signal.SIG_BLOCK, HANDLED))
         self._answer: Callable[[], None] | None = None  # what a request is to end in
+        self._doorbell: Doorbell | None = None  # one for all of the supervisor's
 
     def run(self) -> int:
         """Work until told to stop, or drained; the exit status."""
@@ -3072,6 +3278,15 @@ class Worker:
         with contextlib.suppress(BlockingIOError):  # full: the loop is awake anyway
             os.write(self._wake, b"\0")
 
+    def _on_rung(self) -> None:
+        """Called by the doorbell's thread."""
+        self._nudged = True
+        self._ring()
+
+    def _on_nudged(self) -> None:
+        os.read(self._nudges, 4096)
+        self._nudged = True
+
     def _new_desk(self) -> Desk:
         """A desk under a new id: ids are never used twice."""
         host, pid = socket.gethostname(), os.getpid()
@@ -3103,34 +3318,42 @@ class Worker:
         now = time.monotonic()
         if self._answer or not self.opened or self.retired or now < self.hold_until:
             return
-        if len(self.claimed) > LOW_WATER and now < self.next_look:
+        if len(self.claimed) > LOW_WATER and now < self.next_look and not self._nudged:
             return  # ends gather while there is enough to start
         flushes = [flush for process in self.processes.values()
                    if now >= process.flush_at and (flush := process.flush())]
-        look = now >= self.next_look or bool(
+        look = now >= self.next_look or self._nudged or bool(
             self.crew.drain and self.ended and not self.busy)
         if not (self.ended or flushes or look):
             if self.stopping and not self.busy and not self.retiring:
                 self.retiring = True
-                self._request(self._desk.retire, self._on_retired)
+                self._request(self._retire, self._on_retired)
             return
         ended, self.ended = self.ended, []
         held = [*(job.held for job in self.claimed),
                 *(process.job.held for process in self.processes.values())]
         full = self.stopping or any(one.alone for one in held)
+        interval = self._look_interval()
+        judge = look and now + interval >= self.next_judge
         ask = Ask(ended, flushes, [(one.seq, one.token) for one in held],
-                  0 if full else self.post.slots - len(held),
-                  look, look and now >= self.next_judge,
+                  0 if full else self.post.slots - len(held), look, judge,
                   self.crew.drain and not self.stopping,
                   "stopping" if self.stopping else "running")
         if look:
-            self.next_look = now + min(
-                self.settings.poll_interval, self.settings.heartbeat,
-                LOOK_WHEN_DRAINING_S if self.crew.drain and not held else math.inf)
-        if ask.judge:
+            self._nudged = False
+            self.next_look = now + interval
+        if judge:
             self.next_judge = now + self.settings.heartbeat
         self.in_flight = ask
         self._request(lambda: self._desk.turn(ask), self._on_turn)
+
+    def _look_interval(self) -> float:
+        """Seconds between two looks, where nobody says that there is something."""
+        settings = self.settings
+        if self.crew.drain and not self.busy:
+            return min(settings.poll_interval, LOOK_WHEN_DRAINING_S)
+        patience = RELAXED if settings.doorbell == "on" else 1.0
+        return min(settings.poll_interval * patience, settings.heartbeat)
 
     def _on_opened(self, notes: Sequence[str] | None) -> None:
         for note in notes or ():
@@ -3139,6 +3362,11 @@ class Worker:
         self.post.ledger.open()
         with contextlib.suppress(OSError):  # nobody waits for it any more
             os.write(self.post.ready, b"+")
+
+    def _retire(self) -> None:
+        self._desk.retire()
+        if self._doorbell:
+            ring(self._desk.database, worker=self._desk.me.id)
 
     def _on_retired(self, _: None) -> None:
         self.retired = True
@@ -3157,7 +3385,7 @@ class Worker:
             self.retired = True
 
     def _on_turn(self, turn: Turn) -> None:
-        self.in_flight = None
+        asked, self.in_flight = self.in_flight, None
         for note in turn.notes:
             self.crew.say(note)
         for change in turn.changes:
@@ -3166,14 +3394,34 @@ class Worker:
             self._on_lost()
             return
         self.claimed.extend(turn.jobs)
+        self.post.neighbours.report(self.post.number, self.busy)
         self.next_look = min(self.next_look, time.monotonic() + turn.due_s)
         if turn.look:
             self._on_look(turn.look)
+        if not (turn.jobs and asked and asked.ended):  # else more turns follow at once
+            self._park()
+
+    def _park(self) -> None:
+        """Let whoever has work find this supervisor, while it has a free slot."""
+        if self.post.number or self.stopping or self.settings.doorbell != "on" \
+                or not self.post.neighbours.idle():
+            return
+        if not self._doorbell:
+            note = f"{self._desk.me.id} {','.join(self.crew.queues) or '-'}"
+            self._doorbell = Doorbell(self.crew.target, note, self._on_rung)
+        if self._doorbell.park():  # what came just before could not ring
+            self.next_look = min(self.next_look, time.monotonic() + PARKING_S)
 
     def _on_look(self, look: Look) -> None:
         for process in self.processes.values():
-            if process.key in look.cancelled:
+            if look.runs.get(process.key):
                 process.end(Reason.CANCELLED)
+        neighbours, others = self.post.neighbours, {*range(len(self.post.neighbours))}
+        others.discard(self.post.number)
+        if look.drained or (look.others_cancelled and not self.post.number):
+            neighbours.wake(others)
+        elif look.waiting and self.busy >= self.post.slots:
+            neighbours.wake([one for one in neighbours.idle() if one in others][:1])
         try:
             version = look.config.get("schema_version")
             check_schema((version,) if version else None, self.crew.target.database)
@@ -3503,6 +3751,7 @@ class Supervisor:
         processes = min(count, os.cpu_count() or 1)
         shares = [len(range(at, count, processes)) for at in range(processes)]
         self._children = [_Child(slots, Ledger(slots)) for slots in shares]
+        self._neighbours = Neighbours(shares)
         self._lifeline, self._life = os.pipe()
         self._ready, self._ready_end = os.pipe()
 
@@ -3550,8 +3799,9 @@ class Supervisor:
             for handle in (*self._held, self._life, self._ready):
                 os.close(handle)
             become_subreaper()
-            post = Post(child.slots, supervisor, self._lifeline, self._ready_end,
-                        child.ledger, child.inherited)
+            number = self._children.index(child)
+            post = Post(number, self._neighbours, child.slots, supervisor,
+                        self._lifeline, self._ready_end, child.ledger, child.inherited)
             return Worker(self.crew, post).run()
 
         signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
@@ -4081,8 +4331,8 @@ def office(policy: Policy = READING) -> Iterator[Office]:
         yield Office(database, configured.settings)
 
 
-def report(results: Iterable[Result], as_json: bool) -> int:
-    """Print what came of a verb on each job; 1 if one failed."""
+def report(desk: Office, results: Iterable[Result], as_json: bool) -> int:
+    """Print what came of a verb on each job, and tell the workers; 1 if one failed."""
     status = 0
     for result in results:
         if as_json:
@@ -4093,6 +4343,7 @@ def report(results: Iterable[Result], as_json: bool) -> int:
         else:
             _whisper(f"{result.error}")
         status |= not result.ok
+    ring(desk.database)
     return status
 
 
@@ -4123,6 +4374,7 @@ def enqueue_jobs(args: argparse.Namespace) -> None:
     if len(spool):
         with contextlib.closing(open_database(WRITING)) as database:
             enqueue(database, spool, args.if_absent)
+            ring(database, len(spool), spool.queues)
             if not args.quiet:
                 _print_ids(database, spool, args)
 
@@ -4457,7 +4709,7 @@ def logs(args: argparse.Namespace) -> None:
 def cancel(args: argparse.Namespace) -> int:
     """Cancel jobs: waiting ones now, running ones by their worker."""
     with office(WRITING) as desk:
-        return report(map(desk.cancel, args.ids), args.json)
+        return report(desk, map(desk.cancel, args.ids), args.json)
 
 
 # -- dead letters
@@ -4492,8 +4744,8 @@ def dlq_retry(args: argparse.Namespace) -> int:
     They keep their attempts, unless --reset starts the count again.
     """
     with office(WRITING) as desk:
-        return report((desk.revive(job_id, args.retries, args.reset)
-                       for job_id in args.ids), args.json)
+        revived = (desk.revive(job_id, args.retries, args.reset) for job_id in args.ids)
+        return report(desk, revived, args.json)
 
 
 # -- settings
@@ -4515,6 +4767,7 @@ def config_set(args: argparse.Namespace) -> None:
     KNOBS[args.key].metadata["kind"].read(args.value, args.key)
     with office(WRITING) as desk:
         desk.set_config(args.key, args.value)
+        ring(desk.database)
         settings = configure(Environment(()), read_config(desk.database)).settings
     name = variable_of(args.key)
     hidden = Environment.read().find(name)
@@ -4536,6 +4789,7 @@ def config_unset(args: argparse.Namespace) -> None:
     """Remove a stored setting: its default holds again."""
     with office(WRITING) as desk:
         desk.set_config(args.key, None)
+        ring(desk.database)
 
 
 @command("config list", AS_JSON, examples=("config list",))
