@@ -35,10 +35,12 @@ import datetime
 import enum
 import errno
 import fcntl
+import functools
 import itertools
 import json
 import math
 import os
+import queue
 import random
 import re
 import secrets
@@ -63,11 +65,13 @@ from typing import (
 if TYPE_CHECKING:
     import ssl
     from pymysql.connections import Connection
-    from pymysql.cursors import Cursor
+    from pymysql import cursors
 
 VERSION = "0.1.0"
 T = TypeVar("T")
 Row = Tuple[object, ...]
+Thunk = Callable[[], None]
+Values = Union[Sequence[object], Mapping[str, object]]
 Json = Union[None, bool, int, float, str, List["Json"], "dict[str, Json]"]
 
 
@@ -889,6 +893,49 @@ class RefuseClearText:
                       UNAVAILABLE)
 
 
+class Cursor:
+    """PyMySQL's cursor, and statements that wait for the next one's round trip."""
+
+    def __init__(self, inner: cursors.Cursor, bytes_max: int) -> None:
+        self._inner, self._bytes_max = inner, bytes_max
+        self.fetchone, self.fetchall = inner.fetchone, inner.fetchall
+        self._deferred: list[str] = []
+        self.counts: list[int] = []  # the rows matched by those that had waited
+        self.committing = False
+
+    @property
+    def rowcount(self) -> int:
+        return int(self._inner.rowcount)
+
+    def mogrify(self, statement: str, values: Values = ()) -> str:
+        """The statement as it is sent."""
+        return str(self._inner.mogrify(statement, values or None))
+
+    def defer(self, statement: str, values: Values = ()) -> None:
+        """Have it done before the next statement, which tells its errors too."""
+        self._deferred.append(self.mogrify(statement, values))
+        if sum(map(len, self._deferred)) > self._bytes_max:
+            self._send(self._deferred.pop())
+
+    def commit_first(self) -> None:
+        """Have the transaction end before the next statement."""
+        self.committing = True
+        self.defer("COMMIT")
+
+    def execute(self, statement: str, values: Values = ()) -> int:
+        """How many rows it matched or returned."""
+        return self._send(self.mogrify(statement, values))
+
+    def _send(self, statement: str) -> int:
+        deferred, self._deferred = self._deferred, []
+        self._inner.execute(";\n".join([*deferred, statement]))
+        self.counts = []
+        for _ in deferred:
+            self.counts.append(self.rowcount)
+            self._inner.nextset()
+        return self.rowcount
+
+
 class Database:
     """One connection to the database, made when first needed and again when lost."""
 
@@ -942,8 +989,7 @@ class Database:
     def attempt(self, work: Callable[[Cursor], T]) -> T | None:
         """Try once to do what may as well fail; None if it did."""
         try:
-            self._connection = self._connection or self._connect()
-            return work(self._connection.cursor())
+            return work(self._cursor())
         except _Driver().MySQLError as error:
             if diagnose(error)[0] is not Trouble.BUG:
                 self.close()
@@ -965,22 +1011,27 @@ class Database:
 
     @staticmethod
     def _in_transaction(cursor: Cursor, work: Callable[[Cursor], T]) -> T:
-        cursor.execute("BEGIN")
-        result = work(cursor)
+        cursor.defer("BEGIN")
         try:
-            cursor.execute("COMMIT")
+            result = work(cursor)
+            if not cursor.committing:
+                cursor.committing = True
+                cursor.execute("COMMIT")
         except _Driver().MySQLError as error:
-            error.at_commit = True  # type: ignore[attr-defined]
+            error.at_commit = cursor.committing  # type: ignore[attr-defined]
             raise
         return result
+
+    def _cursor(self) -> Cursor:
+        self._connection = self._connection or self._connect()
+        return Cursor(self._connection.cursor(), self.packet_bytes // 4)
 
     def _insist(self, work: Callable[[Cursor], T],
                 verify: Callable[[Cursor], T | None] | None) -> T:
         failing_since, tries, unsure, sent = 0.0, 0, False, False
         while True:
             try:
-                self._connection = self._connection or self._connect()
-                cursor = self._connection.cursor()
+                cursor = self._cursor()
                 if unsure and verify:
                     found = self._in_transaction(cursor, verify)
                     if found is not None:
@@ -997,7 +1048,7 @@ class Database:
                 if trouble is Trouble.ROW:
                     raise RowRefused(code, str(error.args[-1])) from None
                 unsure = unsure or (trouble is Trouble.RECONNECT
-                                    and hasattr(error, "at_commit"))
+                                    and getattr(error, "at_commit", False))
                 tries += 1
                 failing_since = failing_since or time.monotonic()
                 self._bear(trouble, error, failing_since, tries, sent)
@@ -1063,7 +1114,7 @@ class Database:
             connection = None
             try:
                 connection = self._open(host, port)
-                if self._prepare(connection.cursor()) or len(hosts) == 1:
+                if self._prepare(Cursor(connection.cursor(), self.packet_bytes)) or len(hosts) == 1:
                     connection._read_timeout = (  # type: ignore[attr-defined]
                         self.policy.timeout_s)
                     return connection
@@ -1105,7 +1156,7 @@ class Database:
             user=self.target.user, password=self.target.password.encode(), host=host,
             port=port, unix_socket=self.target.socket or None,
             database=None if self.bare else self.target.database, charset="utf8mb4",
-            autocommit=True, client_flag=_FOUND_ROWS, auth_plugin_map=refuse, ssl=tls,
+            autocommit=True, client_flag=_FOUND_ROWS | _MULTI_STATEMENTS, auth_plugin_map=refuse, ssl=tls,
             ssl_disabled=tls is None, connect_timeout=patience, read_timeout=patience,
             write_timeout=self.policy.timeout_s)
 
@@ -1155,6 +1206,7 @@ class Database:
         return not read_only
 
 
+_MULTI_STATEMENTS = 1 << 16
 _FOUND_ROWS = 2  # an UPDATE counts the rows it matched, changed or not
 
 
@@ -1260,17 +1312,17 @@ def insert_rows(cursor: Cursor, packet_bytes: int, head: str,
     limit, size = packet_bytes // 4, 0
     parts: list[str] = []
     for template, arguments in rows:
-        part = cursor.mogrify(template, tuple(arguments))
+        part = cursor.mogrify(template, arguments)
         length = len(part if part.isascii() else part.encode(errors="surrogateescape"))
         if length > packet_bytes - 4096:  # sent, it would look like an outage
             raise _Driver().OperationalError(1153, f"a row of {length} bytes")
         if parts and (size + length > limit or len(parts) >= 1000):
-            cursor.execute(f"{head} {', '.join(parts)} {tail}")
+            cursor.defer(f"{head} {', '.join(parts)} {tail}")
             parts, size = [], 0
         parts.append(part)
         size += length + 2
     if parts:
-        cursor.execute(f"{head} {', '.join(parts)} {tail}")
+        cursor.defer(f"{head} {', '.join(parts)} {tail}")
 
 
 def init_database(target: Target) -> str:
@@ -1707,7 +1759,7 @@ class Desk:
 
     def turn(self, ask: Ask) -> Turn:
         """Look around where asked, settle what ended, claim up to `free` jobs."""
-        self._token = secrets.token_hex(8)
+        self._token, self._marked, self._settled = secrets.token_hex(8), [], {}
         look = None
         if ask.look:
             look = self.database.read(lambda cursor: self._look(cursor, ask))
@@ -1717,15 +1769,14 @@ class Desk:
             return self._turn_without(ask, refused)
         if not done.alive:
             return done
-        jobs = self.database.read(self._read_claimed)
         notes = []
         if look:
             self._hand_back_unrun(ask, look)
-            if ask.drain and not (ask.running or jobs):
+            if ask.drain and not (ask.running or done.jobs):
                 look.drained = self.database.read(self._drained)
             if ask.judge:
                 notes = self._look_after_others(look)
-        return dataclasses.replace(done, jobs=jobs, look=look, notes=notes)
+        return dataclasses.replace(done, look=look, notes=notes)
 
     def _work(self, ask: Ask, look: Look | None) -> Turn:
         """One transaction; a beat alone is one statement, and often not even due."""
@@ -1759,7 +1810,9 @@ class Desk:
             due_s = min(due_s, look.due_s if look.due_s > 0 else self._promote(cursor))
         if ask.free:
             self._claim(cursor, ask)
-        return Turn(due_s=due_s, changes=changes)
+        if self._marked:
+            cursor.commit_first()
+        return Turn(jobs=self._read_claimed(cursor), due_s=due_s, changes=changes)
 
     def _look_back(self, cursor: Cursor) -> Turn | None:
         """Whether a turn whose COMMIT was not answered was carried out.
@@ -1774,7 +1827,9 @@ class Desk:
         found = dict(cursor.fetchall())
         ours = any(found.get(seq) == self._token for seq in self._marked)
         settled = any(found.get(seq) != held for seq, held in self._settled.items())
-        return Turn(due_s=0.0) if ours or settled else None
+        if not ours and not settled:
+            return None
+        return Turn(jobs=self._read_claimed(cursor), due_s=0.0)
 
     def _turn_without(self, ask: Ask, refused: RowRefused) -> Turn:
         """One bad row never blocks the rest: settle each alone, it without output."""
@@ -1859,7 +1914,7 @@ class Desk:
         seqs = [change.held.seq for change in group]
         durations = ", ".join("NULL" if change.end.duration_s is None
                               else f"{change.end.duration_s:.6f}" for change in group)
-        cursor.execute(
+        cursor.defer(
             f"""
             UPDATE jobs FORCE INDEX (PRIMARY)
                SET state = %(to)s, {timing}
@@ -1896,8 +1951,8 @@ class Desk:
             """)
         for held, _, _ in changes:
             if held.run > HISTORY_KEPT:
-                cursor.execute("DELETE FROM runs WHERE job = %s AND run <= %s",
-                               (held.seq, held.run - HISTORY_KEPT))
+                cursor.defer("DELETE FROM runs WHERE job = %s AND run <= %s",
+                             (held.seq, held.run - HISTORY_KEPT))
 
     def _flush(self, cursor: Cursor, flushes: Sequence[Flush]) -> None:
         insert_rows(
@@ -1925,7 +1980,7 @@ class Desk:
             seqs = [row[0] for row in cursor.fetchall()]
             promoted += len(seqs)
             if seqs:
-                cursor.execute(
+                cursor.defer(
                     "UPDATE jobs FORCE INDEX (PRIMARY) SET state = %s "
                     f"WHERE state = %s AND seq IN ({placeholders(seqs)})",
                     (MOVES["release"].to, state, *seqs))
@@ -1977,7 +2032,7 @@ class Desk:
             if alone:
                 break
         if seqs:
-            cursor.execute(
+            cursor.defer(
                 f"UPDATE jobs FORCE INDEX (PRIMARY) {CLAIM_ASSIGNMENTS} "
                 f"WHERE state = 'pending' AND seq IN ({placeholders(seqs)})",
                 (self._token, self.me.id, *seqs))
@@ -2624,8 +2679,8 @@ def ring(database: Database, count: int = sys.maxsize, queues: Collection[str] =
     found = database.attempt(parked) or []
     random.shuffle(found)
     for number in found[:count + 1]:
-        kill = f"KILL QUERY {number}"
-        database.attempt(lambda cursor, kill=kill: cursor.execute(kill))  # type: ignore
+        database.attempt(functools.partial(Cursor.execute, statement="KILL QUERY %s",
+                                           values=(number,)))
 
 
 class Doorbell:
@@ -3212,8 +3267,6 @@ class Worker:
     """The loop of one worker process."""
 
     def __init__(self, crew: Crew, post: Post) -> None:
-        from concurrent.futures import ThreadPoolExecutor
-
         self.crew, self.post = crew, post
         self.settings, self.environment = crew.settings, crew.environment
         self.claimed: collections.deque[Job] = collections.deque()  # not yet started
@@ -3234,9 +3287,10 @@ class Worker:
         self._launchpad = Launchpad(os.environb)
         self._policy = Policy(math.inf, max(2.0, self.settings.lease_s / 3), crew.say)
         self._desk = self._new_desk()
-        self._clerk = ThreadPoolExecutor(1, "clerk", signal.pthread_sigmask,
-                                         (signal.SIG_BLOCK, HANDLED))
-        self._answer: Callable[[], None] | None = None  # what a request is to end in
+        self._asked = False  # a request is under way
+        self._requests: queue.SimpleQueue[Callable[[], Thunk]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Thunk] = queue.SimpleQueue()
+        threading.Thread(target=self._serve, daemon=True).start()
         self._doorbell: Doorbell | None = None  # one for all of the supervisor's
 
     def run(self) -> int:
@@ -3248,8 +3302,9 @@ class Worker:
                 key.data()
             self._reap()
             self._tick()
-            if self._answer:
-                self._answer()
+            if not self._answers.empty():
+                self._asked = False
+                self._answers.get()()
             for _ in range(min(STARTED_AT_ONCE, len(self.claimed))):
                 self._start(self.claimed.popleft())
         return self.status
@@ -3258,21 +3313,23 @@ class Worker:
 
     def _request(self, work: Callable[[], T], then: Callable[[T], None]) -> None:
         """Have the thread do `work`, and the loop do `then` with what came of it."""
-        future = self._clerk.submit(work)
-
-        def answer() -> None:
-            if not future.done():
-                return
-            self._answer = None
+        def serve() -> Thunk:
             try:
-                result = future.result()
-            except Problem as problem:
-                self._on_refused(problem)
-            else:
-                then(result)
+                result = work()
+            except Exception as error:
+                refused = error
+                return lambda: self._on_refused(refused)
+            return lambda: then(result)
 
-        self._answer = answer
-        future.add_done_callback(lambda _: self._ring())
+        self._asked = True
+        self._requests.put(serve)
+
+    def _serve(self) -> None:
+        """The thread: it alone talks to the database."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+        while True:
+            self._answers.put(self._requests.get()())
+            self._ring()
 
     def _ring(self) -> None:
         with contextlib.suppress(BlockingIOError):  # full: the loop is awake anyway
@@ -3316,15 +3373,15 @@ class Worker:
     def _ask(self) -> None:
         """Hand the clerk a turn, if it is free and there is something to say."""
         now = time.monotonic()
-        if self._answer or not self.opened or self.retired or now < self.hold_until:
+        if self._asked or not self.opened or self.retired or now < self.hold_until:
             return
         if len(self.claimed) > LOW_WATER and now < self.next_look and not self._nudged:
             return  # ends gather while there is enough to start
         flushes = [flush for process in self.processes.values()
                    if now >= process.flush_at and (flush := process.flush())]
-        look = now >= self.next_look or self._nudged or bool(
+        look = now >= self.next_look or bool(
             self.crew.drain and self.ended and not self.busy)
-        if not (self.ended or flushes or look):
+        if not (self.ended or flushes or look or self._nudged):
             if self.stopping and not self.busy and not self.retiring:
                 self.retiring = True
                 self._request(self._retire, self._on_retired)
@@ -3340,8 +3397,9 @@ class Worker:
                   self.crew.drain and not self.stopping,
                   "stopping" if self.stopping else "running")
         if look:
-            self._nudged = False
             self.next_look = now + interval
+        if self._nudged:  # the claim comes first, for it is waited for
+            self._nudged, self.next_look = False, now + PARKING_S
         if judge:
             self.next_judge = now + self.settings.heartbeat
         self.in_flight = ask
@@ -3371,8 +3429,10 @@ class Worker:
     def _on_retired(self, _: None) -> None:
         self.retired = True
 
-    def _on_refused(self, problem: Problem) -> None:
+    def _on_refused(self, problem: Exception) -> None:
         """The schema has moved on: nothing can be settled here."""
+        if not isinstance(problem, Problem):
+            raise problem
         if not self.stopping:
             self.crew.say(f"{problem.what}; stopping")
         if self.in_flight:
@@ -3598,10 +3658,10 @@ class Worker:
             return 0.0
         times = [self.grace_at, self.give_up_at]
         times += [process.check_at for process in self.processes.values()]
-        if not self._answer and self.opened and not self.retired:
+        if not self._asked and self.opened and not self.retired:
             due = [self.next_look, *(one.flush_at for one in self.processes.values())]
             to_retire = self.stopping and not self.busy and not self.retiring
-            if self.ended or to_retire:
+            if self.ended or self._nudged or to_retire:
                 due = [0.0]
             times.append(max(self.hold_until, min(due)))
         return max(0.0, min(min(times) - time.monotonic(), 3600.0))
