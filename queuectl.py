@@ -21,6 +21,7 @@ The file reads downwards: a room uses only the rooms above it.
     supervisor   keeping workers alive: PID file, log, signals, restarts
     server       a private MySQL for a machine without one
     screen       tables, JSON, escapes
+    bench        measuring the queue
     commands     what a person can type
     main         one door in, one door out
 """
@@ -55,7 +56,6 @@ import tempfile
 import threading
 import time
 import traceback
-import uuid
 from dataclasses import dataclass
 from typing import (
     IO, TYPE_CHECKING, Callable, Collection, Generic, Iterable, Iterator, List,
@@ -86,7 +86,6 @@ CANNOT, USAGE, UNAVAILABLE, TIMED_OUT, INTERRUPTED = 1, 2, 69, 124, 130
 
 class Problem(Exception):
     """What happened, what to do next, and the exit status that says so."""
-
     def __init__(self, what: str, hint: str = "", status: int = CANNOT) -> None:
         super().__init__(what)
         self.what, self.hint, self.status = what, hint, status
@@ -143,7 +142,6 @@ def say_duration(seconds: float) -> str:
 @dataclass(frozen=True)
 class Kind(Generic[Value]):
     """One kind of value: how its text is read, and the words for what is expected."""
-
     convert: Callable[[str], Value]
     expects: str
     json_types: tuple[type, ...] = (str,)
@@ -209,7 +207,6 @@ def knob(kind: Kind[T], default: str, help_text: str) -> T:
 @dataclass(frozen=True)
 class Settings:
     """The runtime settings, as one frozen value; a reload makes a new one."""
-
     backoff_base: float = knob(
         number(1, 1000), "2", "the delay before retry n is this to the power n, in s")
     backoff_max: float = knob(duration(), "1h", "the longest delay before a retry")
@@ -317,7 +314,6 @@ def _dotenv_value(text: str, where: str) -> str:
 @dataclass(frozen=True)
 class Environment:
     """Where variables are looked up, in order: (what it is called, what it holds)."""
-
     layers: tuple[tuple[str, Mapping[str, str]], ...]
 
     @classmethod
@@ -341,7 +337,6 @@ class Environment:
 
 class Configured(NamedTuple):
     """The settings in force, the source and text of each, and what was unusable."""
-
     settings: Settings
     origins: dict[str, tuple[str, str]]
     complaints: list[str]
@@ -384,7 +379,6 @@ Hosts = Tuple[Tuple[str, int], ...]
 @dataclass(frozen=True)
 class Target:
     """Where the database is and who we are there; each with the source that said so."""
-
     hosts: Hosts
     socket: str
     user: str
@@ -488,7 +482,6 @@ def _password(account: Mapping[str, str]) -> str:
 
 class State(str, enum.Enum):
     """Where a job is. The first five are the ones that status always shows."""
-
     __str__ = str.__str__
     PENDING = "pending"        # may run now
     PROCESSING = "processing"  # one worker holds it, by its token
@@ -523,7 +516,6 @@ MOVES = {
 
 class Reason(str, enum.Enum):
     """How a run ended."""
-
     __str__ = str.__str__
     EXIT = "exit"            # by itself, with an exit status
     SIGNAL = "signal"        # by a signal that queuectl did not send
@@ -541,7 +533,6 @@ TIMEOUT_STATUS = 124  # as timeout(1)
 @dataclass(frozen=True)
 class Held:
     """A job in `processing`, as its row says; NULLs are filled from the settings."""
-
     seq: int
     id: str
     token: str
@@ -565,7 +556,6 @@ class Held:
 @dataclass(frozen=True)
 class End:
     """How a run ended, as its worker saw it."""
-
     reason: Reason
     exit_code: int | None = None
     detail: str = ""
@@ -576,7 +566,6 @@ class End:
 
 class Verdict(NamedTuple):
     """What an ended run makes of its job."""
-
     move: str
     wait_s: float = 0.0
     losses: int = 0
@@ -619,7 +608,6 @@ class Judge:
     own beats came through, none more than two heartbeats apart. So an outage, a stall,
     a suspended host or a stepped clock starts the count again for everyone.
     """
-
     def __init__(self) -> None:
         self._since: dict[tuple[str, int], float] = {}  # (worker, beat): first seen
         self._last = -math.inf
@@ -662,44 +650,30 @@ INSERT IGNORE INTO config (`key`, value) VALUES ('schema_version', '1/1');
 -- INSERT INTO jobs (command) VALUES ('...') inside its own transaction. Lengths have
 -- some room, so that a session without a strict mode is refused what it would cut.
 CREATE TABLE IF NOT EXISTS jobs (
-  seq                  BIGINT UNSIGNED NOT NULL AUTO_INCREMENT PRIMARY KEY,
-  id                   VARCHAR(160) NOT NULL DEFAULT (UUID()),
-  command              MEDIUMTEXT COLLATE utf8mb4_bin NOT NULL,
-  queue                VARCHAR(80) NOT NULL DEFAULT 'default',
-  state                VARCHAR(20) NOT NULL DEFAULT 'pending',
-  priority             INT NOT NULL DEFAULT 0,
-  claim_order          INT GENERATED ALWAYS AS (-priority) STORED,
-  attempts             INT NOT NULL DEFAULT 0,
-  attempts_max         INT NULL,
-  max_retries          INT NULL,
-  runs                 INT NOT NULL DEFAULT 0,
-  losses               INT NOT NULL DEFAULT 0,
-  timeout              DOUBLE NULL,
-  backoff_base         DOUBLE NULL,
-  permanent_exit_codes VARCHAR(1024) NULL,
-  on_lost              VARCHAR(20) NULL,
-  cwd                  TEXT COLLATE utf8mb4_bin NULL,
-  env                  MEDIUMTEXT COLLATE utf8mb4_bin NULL,
-  on_failure           MEDIUMTEXT COLLATE utf8mb4_bin NULL,
-  signature            VARCHAR(64) NULL,
-  schedule             VARCHAR(64) NULL,
-  batch                CHAR(16) NULL,
-  unique_key           VARCHAR(128) COLLATE utf8mb4_bin NULL,
-  live_key             VARCHAR(128) COLLATE utf8mb4_bin GENERATED ALWAYS AS
-                       (CASE WHEN state IN ('completed', 'dead', 'cancelled')
-                             THEN NULL ELSE unique_key END) STORED,
-  waits_for            INT NOT NULL DEFAULT 0,
-  has_children         TINYINT NOT NULL DEFAULT 0,
-  next_run_at          DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
-  created_at           DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
-  started_at           DATETIME(6) NULL,
-  finished_at          DATETIME(6) NULL,
-  cancel_requested_at  DATETIME(6) NULL,
-  duration             DOUBLE NULL,
-  exit_code            INT NULL,
-  reason               VARCHAR(16) NULL,
-  worker               VARCHAR(64) NULL,
-  token                CHAR(16) NULL,
+  seq         BIGINT UNSIGNED NOT NULL AUTO_INCREMENT PRIMARY KEY,
+  id          VARCHAR(160) NOT NULL DEFAULT (UUID()),
+  command     MEDIUMTEXT COLLATE utf8mb4_bin NOT NULL,
+  queue       VARCHAR(80) NOT NULL DEFAULT 'default',
+  state       VARCHAR(20) NOT NULL DEFAULT 'pending',
+  priority    INT NOT NULL DEFAULT 0,
+  claim_order INT GENERATED ALWAYS AS (-priority) STORED,
+  attempts INT NOT NULL DEFAULT 0, attempts_max INT NULL, max_retries INT NULL,
+  runs     INT NOT NULL DEFAULT 0, losses INT NOT NULL DEFAULT 0,
+  timeout  DOUBLE NULL, backoff_base DOUBLE NULL,
+  permanent_exit_codes VARCHAR(1024) NULL, on_lost VARCHAR(20) NULL,
+  cwd      TEXT COLLATE utf8mb4_bin NULL, env MEDIUMTEXT COLLATE utf8mb4_bin NULL,
+  on_failure MEDIUMTEXT COLLATE utf8mb4_bin NULL, signature VARCHAR(64) NULL,
+  schedule VARCHAR(64) NULL, batch CHAR(16) NULL,
+  unique_key VARCHAR(128) COLLATE utf8mb4_bin NULL,
+  live_key VARCHAR(128) COLLATE utf8mb4_bin GENERATED ALWAYS AS
+           (CASE WHEN state IN ('completed', 'dead', 'cancelled') THEN NULL
+                 ELSE unique_key END) STORED,
+  waits_for INT NOT NULL DEFAULT 0, has_children TINYINT NOT NULL DEFAULT 0,
+  next_run_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
+  created_at  DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
+  started_at  DATETIME(6) NULL, finished_at DATETIME(6) NULL,
+  cancel_requested_at DATETIME(6) NULL, duration DOUBLE NULL, exit_code INT NULL,
+  reason VARCHAR(16) NULL, worker VARCHAR(64) NULL, token CHAR(16) NULL,
   UNIQUE KEY jobs_id (id),
   UNIQUE KEY jobs_live_key (live_key),
   KEY jobs_claim (state, queue, claim_order, seq),
@@ -730,65 +704,46 @@ CREATE TABLE IF NOT EXISTS dependencies (
 
 -- History: a row for each run that ended, or that has output to show.
 CREATE TABLE IF NOT EXISTS runs (
-  job          BIGINT UNSIGNED NOT NULL,
-  run          INT NOT NULL,
-  attempt      INT NOT NULL,
-  worker       VARCHAR(64) NULL,
-  started_at   DATETIME(6) NULL,
-  finished_at  DATETIME(6) NULL,
-  duration     DOUBLE NULL,
-  exit_code    INT NULL,
-  reason       VARCHAR(16) NULL,
-  detail       VARCHAR(1024) COLLATE utf8mb4_bin NULL,
-  output       LONGBLOB NULL,
-  output_bytes BIGINT NOT NULL DEFAULT 0,
+  job BIGINT UNSIGNED NOT NULL, run INT NOT NULL, attempt INT NOT NULL,
+  worker VARCHAR(64) NULL, started_at DATETIME(6) NULL, finished_at DATETIME(6) NULL,
+  duration DOUBLE NULL, exit_code INT NULL, reason VARCHAR(16) NULL,
+  detail VARCHAR(1024) COLLATE utf8mb4_bin NULL,
+  output LONGBLOB NULL, output_bytes BIGINT NOT NULL DEFAULT 0,
   PRIMARY KEY (job, run)
 ) ENGINE = InnoDB DEFAULT CHARACTER SET ascii COLLATE ascii_bin;
 
 CREATE TABLE IF NOT EXISTS dlq (
-  seq       BIGINT UNSIGNED NOT NULL PRIMARY KEY,
-  id        VARCHAR(128) NOT NULL,
-  died_at   DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
-  exit_code INT NULL,
-  reason    VARCHAR(16) NULL,
+  seq BIGINT UNSIGNED NOT NULL PRIMARY KEY, id VARCHAR(128) NOT NULL,
+  died_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
+  exit_code INT NULL, reason VARCHAR(16) NULL,
   last_line VARCHAR(255) COLLATE utf8mb4_bin NULL,
   UNIQUE KEY dlq_id (id),
   KEY dlq_died (died_at)
 ) ENGINE = InnoDB DEFAULT CHARACTER SET ascii COLLATE ascii_bin;
 
 CREATE TABLE IF NOT EXISTS workers (
-  id           VARCHAR(64) NOT NULL PRIMARY KEY,
-  host         VARCHAR(255) COLLATE utf8mb4_bin NOT NULL,
-  pid          BIGINT NOT NULL,
-  supervisor   BIGINT NOT NULL,
-  process      VARCHAR(255) NOT NULL,
-  slots        INT NOT NULL,
-  queues       TEXT NULL,
-  state        VARCHAR(10) NOT NULL DEFAULT 'running',
-  beat         BIGINT NOT NULL DEFAULT 0,
-  lease        DOUBLE NOT NULL,
+  id VARCHAR(64) NOT NULL PRIMARY KEY,
+  host VARCHAR(255) COLLATE utf8mb4_bin NOT NULL, pid BIGINT NOT NULL,
+  supervisor BIGINT NOT NULL, process VARCHAR(255) NOT NULL,
+  slots INT NOT NULL, queues TEXT NULL, state VARCHAR(10) NOT NULL DEFAULT 'running',
+  beat BIGINT NOT NULL DEFAULT 0, lease DOUBLE NOT NULL,
   started_at   DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
   heartbeat_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
   lost_at      DATETIME(6) NULL
 ) ENGINE = InnoDB DEFAULT CHARACTER SET ascii COLLATE ascii_bin;
 
 CREATE TABLE IF NOT EXISTS queues (
-  name        VARCHAR(64) NOT NULL PRIMARY KEY,
-  max_running INT NULL,
-  paused_at   DATETIME(6) NULL,
-  touched     BIGINT NOT NULL DEFAULT 0
+  name VARCHAR(64) NOT NULL PRIMARY KEY, max_running INT NULL,
+  paused_at DATETIME(6) NULL, touched BIGINT NOT NULL DEFAULT 0
 ) ENGINE = InnoDB DEFAULT CHARACTER SET ascii COLLATE ascii_bin;
 
 CREATE TABLE IF NOT EXISTS schedules (
-  name        VARCHAR(64) NOT NULL PRIMARY KEY,
-  timing      VARCHAR(255) NOT NULL,
-  zone        VARCHAR(64) NOT NULL DEFAULT 'UTC',
-  job         MEDIUMTEXT COLLATE utf8mb4_bin NOT NULL,
-  next_run_at DATETIME(6) NULL,
-  last_run_at DATETIME(6) NULL,
-  last_job    VARCHAR(128) NULL,
-  paused_at   DATETIME(6) NULL,
-  created_at  DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
+  name VARCHAR(64) NOT NULL PRIMARY KEY, timing VARCHAR(255) NOT NULL,
+  zone VARCHAR(64) NOT NULL DEFAULT 'UTC',
+  job  MEDIUMTEXT COLLATE utf8mb4_bin NOT NULL,
+  next_run_at DATETIME(6) NULL, last_run_at DATETIME(6) NULL,
+  last_job VARCHAR(128) NULL, paused_at DATETIME(6) NULL,
+  created_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
   KEY schedules_due (next_run_at)
 ) ENGINE = InnoDB DEFAULT CHARACTER SET ascii COLLATE ascii_bin;
 """
@@ -817,7 +772,6 @@ def quote_name(name: str) -> str:
 
 class Trouble(enum.Enum):
     """What an error of the server or the connection asks of us."""
-
     REPEAT = "repeat the transaction"
     RECONNECT = "the connection is gone"
     READ_ONLY = "this server takes no writes now"
@@ -848,7 +802,6 @@ LONGEST_PAUSE_S = 3.0
 
 class RowRefused(Exception):
     """The server will never take this data as it is: `code` and `text` say why."""
-
     def __init__(self, code: int, text: str) -> None:
         super().__init__(f"{text} ({code})")
         self.code, self.text = code, text
@@ -856,7 +809,6 @@ class RowRefused(Exception):
 
 class Unreachable(Problem):
     """The server stayed away for longer than the caller's patience."""
-
     def __init__(self, what: str, hint: str = "") -> None:
         super().__init__(what, hint, UNAVAILABLE)
         self.sent = False  # whether the transaction may have been carried out
@@ -865,7 +817,6 @@ class Unreachable(Problem):
 @dataclass(frozen=True)
 class Policy:
     """How a caller bears with a server that is away."""
-
     patience_s: float
     timeout_s: float  # of one answer
     say: Callable[[str], None]
@@ -883,7 +834,6 @@ WRITING = Policy(patience_s=10, timeout_s=10, say=_whisper)
 
 class RefuseClearText:
     """Answers a server that asks for the password in clear text: with nothing."""
-
     def __init__(self, connection: object) -> None:
         self._connection = connection
 
@@ -895,7 +845,6 @@ class RefuseClearText:
 
 class Cursor:
     """PyMySQL's cursor, and statements that wait for the next one's round trip."""
-
     def __init__(self, inner: cursors.Cursor, bytes_max: int) -> None:
         self._inner, self._bytes_max = inner, bytes_max
         self.fetchone, self.fetchall = inner.fetchone, inner.fetchall
@@ -922,6 +871,11 @@ class Cursor:
         self.committing = True
         self.defer("COMMIT")
 
+    def rows(self, make: Callable[..., T], statement: str, *values: object) -> list[T]:
+        """What `make` makes of each row."""
+        self.execute(statement, values)
+        return [make(*row) for row in self.fetchall()]
+
     def execute(self, statement: str, values: Values = ()) -> int:
         """How many rows it matched or returned."""
         return self._send(self.mogrify(statement, values))
@@ -938,7 +892,6 @@ class Cursor:
 
 class Database:
     """One connection to the database, made when first needed and again when lost."""
-
     def __init__(self, target: Target, policy: Policy, bare: bool = False) -> None:
         self.target, self.policy = target, policy
         self.bare = bare  # connect without naming a database, before there is one
@@ -965,6 +918,14 @@ class Database:
     def read(self, work: Callable[[Cursor], T]) -> T:
         """Do `work`, which changes nothing or one thing by one statement."""
         return self._insist(work, None)
+
+    def rows(self, make: Callable[..., T], statement: str, *values: object) -> list[T]:
+        """What `make` makes of each row that one statement finds."""
+        return self.read(lambda cursor: cursor.rows(make, statement, *values))
+
+    def run(self, statement: str, *values: object) -> int:
+        """Change one thing by one statement, which twice must do no harm; how many."""
+        return self.read(lambda cursor: cursor.execute(statement, values))
 
     def close(self) -> None:
         connection, self._connection, self._skip_locked = self._connection, None, None
@@ -1114,7 +1075,8 @@ class Database:
             connection = None
             try:
                 connection = self._open(host, port)
-                if self._prepare(Cursor(connection.cursor(), self.packet_bytes)) or len(hosts) == 1:
+                cursor = Cursor(connection.cursor(), self.packet_bytes)
+                if self._prepare(cursor) or len(hosts) == 1:
                     connection._read_timeout = (  # type: ignore[attr-defined]
                         self.policy.timeout_s)
                     return connection
@@ -1156,7 +1118,8 @@ class Database:
             user=self.target.user, password=self.target.password.encode(), host=host,
             port=port, unix_socket=self.target.socket or None,
             database=None if self.bare else self.target.database, charset="utf8mb4",
-            autocommit=True, client_flag=_FOUND_ROWS | _MULTI_STATEMENTS, auth_plugin_map=refuse, ssl=tls,
+            autocommit=True, client_flag=_FOUND_ROWS | _MULTI_STATEMENTS,
+            auth_plugin_map=refuse, ssl=tls,
             ssl_disabled=tls is None, connect_timeout=patience, read_timeout=patience,
             write_timeout=self.policy.timeout_s)
 
@@ -1212,7 +1175,6 @@ _FOUND_ROWS = 2  # an UPDATE counts the rows it matched, changed or not
 
 class _Driver:
     """PyMySQL's names that this room uses, loaded when first needed (40 to 70 ms)."""
-
     def __init__(self) -> None:
         try:
             import pymysql
@@ -1306,23 +1268,23 @@ def check_schema(row: Row | None, database: str) -> None:
                       "run: queuectl db init", UNAVAILABLE)
 
 
-def insert_rows(cursor: Cursor, packet_bytes: int, head: str,
-                rows: Iterable[tuple[str, Sequence[object]]], tail: str = "") -> None:
-    """INSERT `rows`, each (template, arguments), a quarter packet a statement."""
+def insertions(cursor: Cursor, packet_bytes: int, head: str,
+               rows: Iterable[tuple[str, Values]], tail: str = "") -> Iterator[str]:
+    """INSERTs of `rows`, each (template, values), of a quarter packet at most."""
     limit, size = packet_bytes // 4, 0
     parts: list[str] = []
-    for template, arguments in rows:
-        part = cursor.mogrify(template, arguments)
+    for template, values in rows:
+        part = cursor.mogrify(template, values)
         length = len(part if part.isascii() else part.encode(errors="surrogateescape"))
         if length > packet_bytes - 4096:  # sent, it would look like an outage
             raise _Driver().OperationalError(1153, f"a row of {length} bytes")
         if parts and (size + length > limit or len(parts) >= 1000):
-            cursor.defer(f"{head} {', '.join(parts)} {tail}")
+            yield f"{head} {', '.join(parts)} {tail}"
             parts, size = [], 0
         parts.append(part)
         size += length + 2
     if parts:
-        cursor.defer(f"{head} {', '.join(parts)} {tail}")
+        yield f"{head} {', '.join(parts)} {tail}"
 
 
 def init_database(target: Target) -> str:
@@ -1465,10 +1427,10 @@ Job_Values = Mapping[str, object]
 
 def new_id() -> str:
     """A time-ordered UUID (version 7, RFC 9562): its index pages fill in order."""
-    moment = time.time_ns() // 1_000_000
-    value = (moment << 80) | int.from_bytes(os.urandom(10), "big")
-    value = value & ~(0xF << 76) | (7 << 76)
-    return str(uuid.UUID(int=value & ~(3 << 62) | (2 << 62)))
+    moment, noise = f"{time.time_ns() // 1_000_000:012x}", os.urandom(10).hex()
+    variant = "89ab"[int(noise[3], 16) % 4]
+    return (f"{moment[:8]}-{moment[8:]}-7{noise[:3]}-{variant}{noise[4:7]}-"
+            f"{noise[7:19]}")
 
 
 def check_job(document: object, defaults: Job_Values) -> dict[str, object]:
@@ -1497,8 +1459,10 @@ def complete_job(values: dict[str, object], defaults: Job_Values) -> dict[str, o
     values.setdefault("id", new_id())
     if "cwd" in values:
         values["cwd"] = os.path.abspath(str(values["cwd"]))
-    if not values.get("delay", 1):
-        del values["delay"]
+    if "delay" in values:
+        values["delay"] = round(float(str(values["delay"])) * 1e6)
+        if not values["delay"]:
+            del values["delay"]
     if COLUMN_OF.keys() & values.keys():
         values["state"] = State.SCHEDULED
     return values
@@ -1506,10 +1470,10 @@ def complete_job(values: dict[str, object], defaults: Job_Values) -> dict[str, o
 
 class Spool:
     """Checked jobs on disk: a million of them take no memory."""
-
     def __init__(self) -> None:
         self._file: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")
         self._count = 0
+        self._shapes: dict[tuple[str, ...], int] = {}  # which keys a job names
         self.columns: list[str] = []
         self.first_id = ""
         self.queues: set[str] = set()
@@ -1518,16 +1482,40 @@ class Spool:
         return self._count
 
     def __iter__(self) -> Iterator[dict[str, object]]:
+        for shape, values in self._read():
+            yield dict(zip(shape, values))
+
+    def _read(self) -> Iterator[tuple[tuple[str, ...], list[object]]]:
+        shapes = list(self._shapes)
         self._file.seek(0)
         for line in self._file:
-            yield json.loads(line)
+            shape, *values = json.loads(line)
+            yield shapes[shape], values
 
-    def add(self, values: dict[str, object]) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self.columns += [name for name in values if name not in self.columns]
-        self.first_id = self.first_id or str(values["id"])
+    def add(self, values: Job_Values) -> None:
+        shape = self._shapes.get(tuple(values))
+        if shape is None:
+            shape = self._shapes[tuple(values)] = len(self._shapes)
+            named = [COLUMN_OF.get(name, name) for name in values]
+            self.columns += [name for name in named if name not in self.columns]
+            self.first_id = self.first_id or str(values["id"])
+        self._file.write(json.dumps([shape, *values.values()]) + "\n")
         self.queues.add(str(values.get("queue", "default")))
         self._count += 1
+
+    def rows(self, batch: str) -> Iterator[tuple[str, list[object]]]:
+        """The VALUES template of each job, DEFAULT where it says nothing; its values."""
+        templates: dict[tuple[str, ...], tuple[str, list[int]]] = {}
+        for shape, values in self._read():
+            if shape not in templates:
+                said = {COLUMN_OF.get(name, name): name for name in shape}
+                parts = [EXPRESSIONS.get(said[column], "%s") if column in said
+                         else "DEFAULT" for column in self.columns]
+                order = [shape.index(said[column]) for column in self.columns
+                         if column in said]
+                templates[shape] = f"({', '.join(parts)}, '{batch}')", order
+            template, order = templates[shape]
+            yield template, [values[at] for at in order]
 
 
 def parse_json(text: str) -> object:
@@ -1551,14 +1539,18 @@ def parse_json(text: str) -> object:
 
 def spool_lines(file: Iterable[bytes], as_json: bool, defaults: Job_Values) -> Spool:
     """Every line of `file` as a job; a bad one is named by its number."""
-    spool = Spool()
+    spool, kind = Spool(), JOB_KEYS["command"].kind
+    plain = {} if as_json else complete_job({"command": ""}, defaults)
     for position, raw in enumerate(file, 1):
         if not raw.strip():
             continue
         try:
             line = raw.decode("utf-8-sig" if position == 1 else "utf-8").rstrip("\r\n")
-            job = parse_json(line) if as_json else {"command": line}
-            spool.add(check_job(job, defaults))
+            if as_json:
+                spool.add(check_job(parse_json(line), defaults))
+            else:
+                spool.add({**plain, "id": defaults.get("id") or new_id(),
+                           "command": kind.read(line, "command")})
         except UnicodeDecodeError:
             raise Problem(f"line {position}: not UTF-8; nothing was enqueued",
                           status=USAGE) from None
@@ -1568,16 +1560,27 @@ def spool_lines(file: Iterable[bytes], as_json: bool, defaults: Job_Values) -> S
     return spool
 
 
+def ahead(items: Iterator[str]) -> Iterator[str]:
+    """The same items, each made by a thread while the one before it is used."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as maker:
+        item = maker.submit(next, items, "")
+        while found := item.result():
+            item = maker.submit(next, items, "")
+            yield found
+
+
 def enqueue(database: Database, spool: Spool, if_absent: bool) -> None:
     """Commit all jobs of the spool, or none; `if_absent` passes over ids in use."""
     batch = secrets.token_hex(8)
-    columns = list(dict.fromkeys(COLUMN_OF.get(name, name) for name in spool.columns))
-    head = f"INSERT INTO jobs ({', '.join(columns)}, batch) VALUES"
+    head = f"INSERT INTO jobs ({', '.join(spool.columns)}, batch) VALUES"
     tail = "ON DUPLICATE KEY UPDATE seq = jobs.seq" if if_absent else ""
 
     def work(cursor: Cursor) -> bool:
-        rows = (_as_row(values, columns, batch) for values in spool)
-        insert_rows(cursor, database.packet_bytes, head, rows, tail)
+        made = insertions(cursor, database.packet_bytes, head, spool.rows(batch), tail)
+        for one in ahead(made) if len(spool) > 1000 else made:
+            cursor.execute(one)
         return True
 
     def verify(cursor: Cursor) -> bool | None:
@@ -1597,34 +1600,16 @@ def enqueue(database: Database, spool: Spool, if_absent: bool) -> None:
         raise _explain_refusal(database, refused) from None
 
 
-def _as_row(values: Job_Values, columns: Sequence[str],
-            batch: str) -> tuple[str, list[object]]:
-    """The VALUES template of one job, DEFAULT where it says nothing; its arguments."""
-    said = {COLUMN_OF.get(name, name): name for name in values}
-    parts: list[str] = []
-    arguments: list[object] = []
-    for column in columns:
-        name = said.get(column, "")
-        parts.append(EXPRESSIONS.get(name, "%s") if name else "DEFAULT")
-        if name == "delay":
-            arguments.append(round(float(str(values[name])) * 1e6))
-        elif name:
-            arguments.append(values[name])
-    return f"({', '.join(parts)}, %s)", [*arguments, batch]
-
-
 def _explain_refusal(database: Database, refused: RowRefused) -> Problem:
     taken = re.search(r"Duplicate entry '(.*)' for key", refused.text)
     if refused.code != 1062 or not taken:
         return Problem(f"the server refused a job: {refused.text}",
                        "nothing was enqueued", USAGE)
 
-    def state_of(cursor: Cursor) -> str:
-        cursor.execute("SELECT state FROM jobs WHERE id = %s", (taken[1],))
-        row = cursor.fetchone()
-        return f"a {row[0]} job has it" if row else "it stands twice in the input"
-
-    return Problem(f"id {taken[1]} is taken: {database.read(state_of)}",
+    states = database.rows(
+        "a {} job has it".format, "SELECT state FROM jobs WHERE id = %s", taken[1])
+    return Problem(f"id {taken[1]} is taken: "
+                   f"{states[0] if states else 'it stands twice in the input'}",
                    "nothing was enqueued; --if-absent passes over ids in use")
 
 
@@ -1637,6 +1622,7 @@ def _explain_refusal(database: Database, refused: RowRefused) -> Problem:
 # where SKIP LOCKED locks nothing. SKIP LOCKED is for speed.
 
 HISTORY_KEPT = 20
+PURGED_AT_ONCE, PURGE_PAUSE_S = 500, 600.0
 PROMOTED_AT_ONCE = 500
 NEIGHBOURS_PROMOTION_S = 0.05
 DETAIL_MAX, LAST_LINE_MAX = 1024, 255
@@ -1646,7 +1632,6 @@ Ended = Tuple[Held, End]
 @dataclass(frozen=True)
 class Job:
     """A claimed job: what to run, and how."""
-
     held: Held
     command: str
     queue: str
@@ -1659,7 +1644,6 @@ class Job:
 @dataclass(frozen=True)
 class Flush:
     """Output so far of a run that goes on."""
-
     held: Held
     output: bytes
     output_bytes: int
@@ -1668,7 +1652,6 @@ class Flush:
 @dataclass(frozen=True)
 class Ask:
     """What a worker wants of one turn."""
-
     ended: Sequence[Ended] = ()
     flushes: Sequence[Flush] = ()
     running: Collection[tuple[int, str]] = ()  # (seq, token) of the runs that go on
@@ -1682,7 +1665,6 @@ class Ask:
 @dataclass
 class Look:
     """What a worker sees when it looks around."""
-
     config: dict[str, str] = dataclasses.field(default_factory=dict)
     runs: dict[tuple[int, str], bool] = dataclasses.field(default_factory=dict)
     others_cancelled: bool = False  # a run of another worker is to be ended
@@ -1696,7 +1678,6 @@ class Look:
 
 class Change(NamedTuple):
     """One ended run and what it makes of its job: a row of the plan."""
-
     held: Held
     end: End
     verdict: Verdict
@@ -1709,7 +1690,6 @@ class Change(NamedTuple):
 @dataclass(frozen=True)
 class Turn:
     """What came of a turn."""
-
     alive: bool = True  # False: we were declared lost, and nothing else was done
     jobs: Sequence[Job] = ()
     look: Look | None = None
@@ -1721,7 +1701,6 @@ class Turn:
 @dataclass(frozen=True)
 class Identity:
     """One worker process, as its row describes it."""
-
     id: str
     host: str
     pid: int
@@ -1735,14 +1714,8 @@ def placeholders(values: Collection[object]) -> str:
     return ", ".join(["%s"] * len(values))
 
 
-def execute(database: Database, statement: str, *values: object) -> None:
-    """Change one thing by one statement; doing it twice must do no harm."""
-    database.read(lambda cursor: cursor.execute(statement, values))
-
-
 class Desk:
     """A worker's dealings with the queue."""
-
     def __init__(self, database: Database, me: Identity, use_skip_locked: bool) -> None:
         self.database, self.me = database, me
         self.settings = Settings()
@@ -1753,6 +1726,7 @@ class Desk:
         self._settled: dict[int, str] = {}  # and what it has settled: seq and token
         self._reached: dict[str, tuple[int, int]] = {}  # where each queue's claim ended
         self._state = ""  # as our row says
+        self.retains, self._purge_at = False, 0.0  # whether we delete what is old
         self._judge = Judge()
 
     # -- one turn
@@ -1776,6 +1750,8 @@ class Desk:
                 look.drained = self.database.read(self._drained)
             if ask.judge:
                 notes = self._look_after_others(look)
+            if self.retains and time.monotonic() >= self._purge_at:
+                self._purge_old()
         return dataclasses.replace(done, look=look, notes=notes)
 
     def _work(self, ask: Ask, look: Look | None) -> Turn:
@@ -1892,9 +1868,8 @@ class Desk:
         for group in groups.values():
             self._move_jobs(cursor, group)
         self._write_history(cursor, changes)
-        insert_rows(
-            cursor, self.database.packet_bytes,
-            "INSERT INTO dlq (seq, id, exit_code, reason, last_line) VALUES",
+        self._insert(
+            cursor, "INSERT INTO dlq (seq, id, exit_code, reason, last_line) VALUES",
             [("(%s, %s, %s, %s, %s)",
               (held.seq, held.id, end.exit_code, end.reason, last_line(end)))
              for held, end, verdict in changes if MOVES[verdict.move].to is State.DEAD],
@@ -1904,6 +1879,11 @@ class Desk:
                 died_at = UTC_TIMESTAMP(6), exit_code = VALUES(exit_code),
                 reason = VALUES(reason), last_line = VALUES(last_line)
             """)
+
+    def _insert(self, cursor: Cursor, head: str, rows: Iterable[tuple[str, Values]],
+                tail: str = "") -> None:
+        for one in insertions(cursor, self.database.packet_bytes, head, rows, tail):
+            cursor.defer(one)
 
     @staticmethod
     def _move_jobs(cursor: Cursor, group: Sequence[Change]) -> None:
@@ -1933,9 +1913,8 @@ class Desk:
              "tokens": list({change.held.token for change in group})})
 
     def _write_history(self, cursor: Cursor, changes: Sequence[Change]) -> None:
-        insert_rows(
-            cursor, self.database.packet_bytes,
-            "INSERT INTO runs (job, run, attempt, worker, started_at, duration, "
+        self._insert(
+            cursor, "INSERT INTO runs (job, run, attempt, worker, started_at, duration, "
             "exit_code, reason, detail, output, output_bytes, finished_at) VALUES",
             [("(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, UTC_TIMESTAMP(6))",
               (held.seq, held.run, held.attempts, held.worker, held.started_at,
@@ -1955,9 +1934,8 @@ class Desk:
                              (held.seq, held.run - HISTORY_KEPT))
 
     def _flush(self, cursor: Cursor, flushes: Sequence[Flush]) -> None:
-        insert_rows(
-            cursor, self.database.packet_bytes,
-            "INSERT INTO runs (job, run, attempt, worker, started_at, output, "
+        self._insert(
+            cursor, "INSERT INTO runs (job, run, attempt, worker, started_at, output, "
             "output_bytes) VALUES",
             [("(%s, %s, %s, %s, %s, %s, %s)",
               (one.held.seq, one.held.run, one.held.attempts, one.held.worker,
@@ -2150,6 +2128,18 @@ class Desk:
             "(SELECT name FROM queues WHERE paused_at IS NOT NULL) LIMIT 1", names)
         return not cursor.fetchone()
 
+    def _purge_old(self) -> None:
+        """Delete a batch of what retain_completed and the like let go."""
+        settings = self.settings
+        kept_s = {State.COMPLETED: settings.retain_completed, State.DEAD:
+                  settings.retain_dead, State.CANCELLED: settings.retain_cancelled}
+        age = "UTC_TIMESTAMP(6) - INTERVAL {} SECOND"
+        old = [purge(self.database, state, age.format(age_s))
+               for state, age_s in kept_s.items() if age_s] or [0]
+        often = min([PURGE_PAUSE_S, *(one / 10 for one in kept_s.values() if one)])
+        pause = max(often, 1.0) if max(old) < PURGED_AT_ONCE else 0.0
+        self._purge_at = time.monotonic() + pause
+
     # -- the other workers
 
     def _look_after_others(self, look: Look) -> list[str]:
@@ -2168,7 +2158,7 @@ class Desk:
             if taken:
                 notes.append(f"worker {stray} has no live row; {taken} runs taken over")
         for worker in look.forgotten:  # by id: a scan would wait for all in a turn
-            execute(self.database, "DELETE FROM workers WHERE id = %s", worker)
+            self.database.run("DELETE FROM workers WHERE id = %s", worker)
         return notes
 
     def take_over(self, worker: str | None, beat: int | None) -> int | None:
@@ -2200,18 +2190,14 @@ class Desk:
 
     def dead_neighbours(self, gone: Callable[[int, str], bool]) -> dict[str, list[str]]:
         """Workers whose process (pid, identity) is `gone`, with their runs' marks."""
-        def work(cursor: Cursor) -> dict[str, list[str]]:
-            cursor.execute("SELECT id, pid, process FROM workers WHERE lost_at IS NULL")
-            marks: dict[str, list[str]] = {
-                worker: [] for worker, pid, process in cursor.fetchall()
-                if gone(pid, process)}
-            for worker, found in marks.items():
-                cursor.execute("SELECT token, seq FROM jobs FORCE INDEX (jobs_due) "
-                               "WHERE state = 'processing' AND worker = %s", (worker,))
-                found += [f"{token}-{seq}" for token, seq in cursor.fetchall()]
-            return marks
-
-        return self.database.read(work)
+        found = self.database.rows(
+            lambda worker, pid, process: (worker, gone(pid, process)),
+            "SELECT id, pid, process FROM workers WHERE lost_at IS NULL")
+        return {worker: self.database.rows(
+            lambda token, seq: f"{token}-{seq}",
+            "SELECT token, seq FROM jobs FORCE INDEX (jobs_due) "
+            "WHERE state = 'processing' AND worker = %s", worker)
+            for worker, is_gone in found if is_gone}
 
     # -- our own row
 
@@ -2220,15 +2206,14 @@ class Desk:
         me = self.me
         values = (me.id, me.host, me.pid, me.supervisor, me.process, me.slots,
                   ",".join(me.queues) or None, self.settings.lease_s)
-        execute(
-            self.database,
+        self.database.run(
             "INSERT INTO workers (id, host, pid, supervisor, process, slots, queues, "
             f"lease) VALUES ({placeholders(values)}) "
             "ON DUPLICATE KEY UPDATE slots = VALUES(slots)", *values)
 
     def retire(self) -> None:
         """Remove this worker's row: it holds nothing any more."""
-        execute(self.database, "DELETE FROM workers WHERE id = %s", self.me.id)
+        self.database.run("DELETE FROM workers WHERE id = %s", self.me.id)
 
 
 LOOK = """
@@ -2268,6 +2253,34 @@ CLAIM_ASSIGNMENTS = """
        duration = NULL, exit_code = NULL, reason = NULL, cancel_requested_at = NULL"""
 
 
+def ended_before(state: State, age: str) -> str:
+    """The condition of jobs that may be purged: of this state, ended before `age` (an
+    expression), and no blocked job waits for them. next_run_at, which is indexed, is
+    never later than the end."""
+    return (f"state = '{state}' AND next_run_at < {age} AND finished_at < {age} "
+            "AND NOT EXISTS (SELECT 1 FROM dependencies JOIN jobs AS waiting "
+            "ON waiting.seq = child WHERE parent = jobs.seq "
+            "AND waiting.state = 'blocked')")
+
+
+def purge(database: Database, state: State, age: str) -> int:
+    """Delete a batch of jobs with their history and dead letters; how many it were."""
+    def work(cursor: Cursor) -> int:
+        skip_locked = "SKIP LOCKED" if database.skip_locked(cursor) else ""
+        seqs = cursor.rows(
+            int, "SELECT seq FROM jobs FORCE INDEX (jobs_due) WHERE "
+            f"{ended_before(state, age)} ORDER BY next_run_at LIMIT {PURGED_AT_ONCE} "
+            f"FOR UPDATE {skip_locked}")
+        for table, column in (("runs", "job"), ("dlq", "seq"), ("jobs", "seq"),
+                              ("dependencies", "parent"), ("dependencies", "child")):
+            if seqs:
+                cursor.defer(f"DELETE FROM {table} WHERE {column} IN "
+                             f"({placeholders(seqs)})", seqs)
+        return len(seqs)
+
+    return database.transact(work)
+
+
 def waiting_queues(cursor: Cursor) -> list[str]:
     """The queues with pending jobs, by one index seek each."""
     found: list[str] = []
@@ -2279,11 +2292,6 @@ def waiting_queues(cursor: Cursor) -> list[str]:
         if not row:
             return found
         found.append(row[0])
-
-
-def config_rows(cursor: Cursor) -> dict[str, str]:
-    cursor.execute("SELECT `key`, value FROM config")
-    return dict(cursor.fetchall())
 
 
 def last_line(end: End) -> str | None:
@@ -2300,8 +2308,11 @@ def last_line(end: End) -> str | None:
 COUNTED_UP_TO = 100_000
 PAGE = 1000
 VIEW_COLUMNS = """jobs.seq, jobs.id, command, queue, state, priority, attempts,
-       attempts_max, max_retries, timeout, next_run_at, created_at, started_at,
-       finished_at, duration, jobs.exit_code, jobs.reason, worker"""
+       COALESCE(attempts_max, max_retries + 1, {retries} + 1),
+       COALESCE(max_retries, {retries}), COALESCE(timeout, {timeout}), next_run_at,
+       created_at, started_at, finished_at, duration, jobs.exit_code, jobs.reason,
+       worker"""
+Moment = Optional[datetime.datetime]
 
 
 def say_time(moment: object) -> str | None:
@@ -2311,68 +2322,67 @@ def say_time(moment: object) -> str | None:
     return moment.isoformat(timespec="milliseconds") + "Z"
 
 
+def as_json(record: object, *but: str) -> dict[str, Json]:
+    return {name: say_time(value) if isinstance(value, datetime.datetime) else value
+            for name, value in vars(record).items() if name not in but}
+
+
 @dataclass(frozen=True)
 class View:
     """A job as people see it; settings fill what it leaves open."""
-
     seq: int
     id: str
     command: str
     queue: str
-    state: State
+    state: str
     priority: int
     attempts: int
     allowed: int
     max_retries: int
     timeout: float
-    next_run_at: str | None
-    created_at: str | None
-    started_at: str | None
-    finished_at: str | None
+    next_run_at: Moment
+    created_at: Moment
+    started_at: Moment
+    finished_at: Moment
     duration: float | None
     exit_code: int | None
     reason: str | None
     worker: str | None
 
     def as_json(self) -> dict[str, Json]:
-        return {name: value for name, value in vars(self).items()
-                if name not in ("seq", "allowed")}
+        return as_json(self, "seq", "allowed")
 
 
 @dataclass(frozen=True)
 class Run:
     """One run of a job's history."""
-
     run: int
     attempt: int
     worker: str | None
-    started_at: str | None
-    finished_at: str | None
+    started_at: Moment
+    finished_at: Moment
     duration: float | None
     exit_code: int | None
     reason: str | None
     detail: str | None
 
     def as_json(self) -> dict[str, Json]:
-        return {name: value for name, value in vars(self).items() if name != "run"}
+        return as_json(self, "run")
 
 
 @dataclass(frozen=True)
 class Whole:
     """A job with all that is known of it; `output` is its last run's."""
-
     view: View
     cwd: str | None
     env: dict[str, str]
     after: list[str]
     history: list[Run]
     output: bytes
-    output_bytes: int
 
 
 class Result(NamedTuple):
     """What came of a verb on one job."""
-
     id: str
     ok: bool
     state: str | None
@@ -2382,24 +2392,20 @@ class Result(NamedTuple):
 
 class Office:
     """What a person asks of the queue, or changes in it."""
-
     def __init__(self, database: Database, settings: Settings) -> None:
-        self.database, self.settings = database, settings
+        self.database = database
+        self._columns = VIEW_COLUMNS.format(retries=settings.max_retries,
+                                            timeout=settings.job_timeout)
 
     def jobs(self, state: str | None, queue_name: str | None,
              limit: int) -> Iterator[View]:
         """The newest jobs first, read page by page; 0: all."""
         where, values = self._filter(state, queue_name)
         left, below = limit or sys.maxsize, 1 << 63
-
-        def page(cursor: Cursor) -> list[View]:
-            cursor.execute(
-                f"SELECT {VIEW_COLUMNS} FROM jobs WHERE seq < %s {where} "
-                "ORDER BY seq DESC LIMIT %s", (below, *values, min(PAGE, left)))
-            return [view for view, _ in self._views(cursor)]
-
         while left > 0:
-            views = self.database.read(page)
+            views = self.database.rows(
+                View, f"SELECT {self._columns} FROM jobs WHERE seq < %s {where} "
+                "ORDER BY seq DESC LIMIT %s", below, *values, min(PAGE, left))
             yield from views
             if len(views) < min(PAGE, left):
                 return
@@ -2408,6 +2414,9 @@ class Office:
     def count(self, state: str | None, queue_name: str | None) -> int:
         where, values = self._filter(state, queue_name)
         return self._count(f"jobs WHERE TRUE {where}", values)
+
+    def count_where(self, condition: str) -> int:
+        return self._count(f"jobs WHERE {condition}")
 
     @staticmethod
     def _filter(state: str | None, queue_name: str | None) -> tuple[str, list[object]]:
@@ -2420,66 +2429,35 @@ class Office:
         if most:
             source = f"(SELECT 1 FROM {source} LIMIT {most}) AS some"
 
-        def work(cursor: Cursor) -> int:
-            cursor.execute(f"SELECT COUNT(*) FROM {source}", values)
-            return int(str(_single(cursor)))
-
-        return self.database.read(work)
-
-    def _views(self, cursor: Cursor) -> Iterator[tuple[View, list[object]]]:
-        """The rows that begin with VIEW_COLUMNS, each with what follows there."""
-        for (seq, job_id, command, queue_name, state, priority, attempts, allowed,
-             retries, timeout, due, created, started, finished, took, exit_code, reason,
-             worker, *more) in cursor.fetchall():
-            if retries is None:
-                retries = self.settings.max_retries
-            yield View(
-                seq, job_id, command, queue_name, State(state), priority, attempts,
-                retries + 1 if allowed is None else allowed, retries,
-                self.settings.job_timeout if timeout is None else timeout,
-                say_time(due), say_time(created), say_time(started), say_time(finished),
-                took, exit_code, reason, worker), more
+        [count] = self.database.rows(int, f"SELECT COUNT(*) FROM {source}", *values)
+        return count
 
     def whole(self, job_id: str) -> Whole:
         """Everything about one job; Problem if there is none."""
-        def work(cursor: Cursor) -> Whole | None:
-            cursor.execute(f"SELECT {VIEW_COLUMNS}, cwd, env FROM jobs WHERE id = %s",
-                           (job_id,))
-            row = next(self._views(cursor), None)
-            if not row:
-                return None
-            view, (cwd, env) = row
-            cursor.execute(
-                "SELECT run, attempt, worker, started_at, finished_at, duration, "
-                "exit_code, reason, detail "
-                "FROM runs WHERE job = %s ORDER BY run", (view.seq,))
-            history = [
-                Run(run, attempt, worker, say_time(started), say_time(finished), *how)
-                for run, attempt, worker, started, finished, *how in cursor.fetchall()]
-            cursor.execute("SELECT output, output_bytes FROM runs WHERE job = %s "
-                           "ORDER BY run DESC LIMIT 1", (view.seq,))
-            output, size = cursor.fetchone() or (b"", 0)
-            cursor.execute("SELECT id FROM jobs JOIN dependencies ON seq = parent "
-                           "WHERE child = %s ORDER BY seq", (view.seq,))
-            after = [row[0] for row in cursor.fetchall()]
-            return Whole(view, None if cwd is None else str(cwd), _env_of(env), after,
-                         history, output or b"", size)
-
-        found = self.database.read(work) if NAME.fullmatch(job_id) else None
-        if found is None:
+        rows = self.database.rows(
+            lambda cwd, env, *row: (View(*row), cwd, env),
+            f"SELECT cwd, env, {self._columns} FROM jobs WHERE id = %s", job_id) \
+            if NAME.fullmatch(job_id) else []
+        if not rows:
             raise no_such_job(job_id)
-        return found
+        [(view, cwd, env)] = rows
+        history = self.database.rows(
+            Run, "SELECT run, attempt, worker, started_at, finished_at, duration, "
+            "exit_code, reason, detail FROM runs WHERE job = %s ORDER BY run", view.seq)
+        output = self.database.rows(
+            lambda kept: bytes(kept or b""), "SELECT output FROM runs WHERE job = %s "
+            "ORDER BY run DESC LIMIT 1", view.seq)
+        after = self.database.rows(
+            str, "SELECT id FROM jobs JOIN dependencies ON seq = parent "
+            "WHERE child = %s ORDER BY seq", view.seq)
+        return Whole(view, cwd, _env_of(env), after, history, b"".join(output))
 
-    def dead_letters(self, limit: int) -> list[tuple[View, str | None]]:
+    def dead_letters(self, limit: int) -> list[tuple[View, Moment]]:
         """The dead jobs, the last to die first, each with the time of its death."""
-        def work(cursor: Cursor) -> list[tuple[View, str | None]]:
-            cursor.execute(
-                f"SELECT {VIEW_COLUMNS}, died_at "
-                "FROM dlq JOIN jobs ON jobs.seq = dlq.seq "
-                "ORDER BY died_at DESC, dlq.seq DESC LIMIT %s", (limit or 1 << 63,))
-            return [(view, say_time(died)) for view, (died,) in self._views(cursor)]
-
-        return self.database.read(work)
+        return self.database.rows(
+            lambda died, *row: (View(*row), died),
+            f"SELECT died_at, {self._columns} FROM dlq JOIN jobs ON jobs.seq = dlq.seq "
+            "ORDER BY died_at DESC, dlq.seq DESC LIMIT %s", limit or 1 << 63)
 
     def count_dead_letters(self) -> int:
         return self._count("dlq")
@@ -2495,12 +2473,9 @@ class Office:
 
     def queues(self) -> list[dict[str, Json]]:
         """The queues with pending or processing jobs, with how many."""
-        def running(cursor: Cursor) -> dict[str, int]:
-            cursor.execute("SELECT queue, COUNT(*) FROM jobs "
-                           "WHERE state = 'processing' GROUP BY queue")
-            return dict(cursor.fetchall())
-
-        processing = self.database.read(running)
+        processing = dict(self.database.rows(
+            lambda name, count: (name, count), "SELECT queue, COUNT(*) FROM jobs "
+            "WHERE state = 'processing' GROUP BY queue"))
         waiting = "jobs WHERE state = 'pending' AND queue = %s"
         pending = {name: self._count(waiting, [name], COUNTED_UP_TO)
                    for name in self.database.read(waiting_queues)}
@@ -2510,31 +2485,22 @@ class Office:
 
     def workers(self) -> list[dict[str, Json]]:
         """The workers that are not lost; `silent`: no beat for longer than a lease."""
-        def work(cursor: Cursor) -> list[dict[str, Json]]:
-            cursor.execute(
-                "SELECT id, host, pid, slots, (SELECT COUNT(*) FROM jobs WHERE "
-                "jobs.state = 'processing' AND worker = workers.id), queues, "
-                "heartbeat_at, IF(heartbeat_at < UTC_TIMESTAMP(6) - INTERVAL lease "
-                "SECOND, 'silent', state) "
-                "FROM workers WHERE lost_at IS NULL ORDER BY host, pid")
-            return [{"id": worker, "host": host, "pid": pid, "slots": slots,
-                     "busy": busy, "queues": queues.split(",") if queues else [],
-                     "heartbeat_at": say_time(beat_at), "state": state}
-                    for worker, host, pid, slots, busy, queues, beat_at, state
-                    in cursor.fetchall()]
-
-        return self.database.read(work)
+        return self.database.rows(
+            lambda worker, host, pid, slots, busy, queues, beat_at, state: {
+                "id": worker, "host": host, "pid": pid, "slots": slots, "busy": busy,
+                "queues": queues.split(",") if queues else [],
+                "heartbeat_at": say_time(beat_at), "state": state},
+            "SELECT id, host, pid, slots, (SELECT COUNT(*) FROM jobs "
+            "WHERE jobs.state = 'processing' AND worker = workers.id), queues, "
+            "heartbeat_at, IF(heartbeat_at < UTC_TIMESTAMP(6) - INTERVAL lease SECOND, "
+            "'silent', state) FROM workers WHERE lost_at IS NULL ORDER BY host, pid")
 
     def running_under(self, host: str, supervisor: int) -> list[str]:
         """The jobs that the workers of one supervisor run."""
-        def work(cursor: Cursor) -> list[str]:
-            cursor.execute(
-                "SELECT jobs.id FROM jobs JOIN workers ON workers.id = jobs.worker "
-                "WHERE jobs.state = 'processing' AND host = %s AND supervisor = %s "
-                "AND lost_at IS NULL ORDER BY seq", (host, supervisor))
-            return [row[0] for row in cursor.fetchall()]
-
-        return self.database.read(work)
+        return self.database.rows(
+            str, "SELECT jobs.id FROM jobs JOIN workers ON workers.id = jobs.worker "
+            "WHERE jobs.state = 'processing' AND host = %s AND supervisor = %s "
+            "AND lost_at IS NULL ORDER BY seq", host, supervisor)
 
     # -- what a person changes
 
@@ -2586,10 +2552,10 @@ class Office:
         made: list[Result] = []
 
         def locked(cursor: Cursor) -> tuple[int, State] | None:
-            cursor.execute("SELECT seq, state FROM jobs WHERE id = %s FOR UPDATE",
-                           (job_id,))
-            row = cursor.fetchone()
-            return (int(row[0]), State(row[1])) if row else None
+            found = cursor.rows(
+                lambda seq, state: (seq, State(state)),
+                "SELECT seq, state FROM jobs WHERE id = %s FOR UPDATE", job_id)
+            return found[0] if found else None
 
         def work(cursor: Cursor) -> Result:
             found = locked(cursor)
@@ -2610,9 +2576,9 @@ class Office:
     def set_config(self, key: str, value: str | None) -> None:
         """Store one setting; None removes it."""
         if value is None:
-            execute(self.database, "DELETE FROM config WHERE `key` = %s", key)
+            self.database.run("DELETE FROM config WHERE `key` = %s", key)
             return
-        execute(self.database, "INSERT INTO config (`key`, value) VALUES (%s, %s) "
+        self.database.run("INSERT INTO config (`key`, value) VALUES (%s, %s) "
                 "ON DUPLICATE KEY UPDATE value = VALUES(value), "
                 "changed_at = UTC_TIMESTAMP(6)", key, value)
 
@@ -2631,18 +2597,15 @@ def _env_of(text: object) -> dict[str, str]:
 
 def states_of(database: Database, ids: Sequence[str]) -> dict[str, str]:
     """The present states of some jobs."""
-    def work(cursor: Cursor) -> dict[str, str]:
-        cursor.execute("SELECT id, state FROM jobs "
-                       f"WHERE id IN ({placeholders(ids)})", ids)
-        return dict(cursor.fetchall())
-
-    return database.read(work) if ids else {}
+    return dict(database.rows(
+        lambda *row: row, "SELECT id, state FROM jobs "
+        f"WHERE id IN ({placeholders(ids)})", *ids)) if ids else {}
 
 
 def read_config(database: Database) -> dict[str, str]:
     """The config table, less the rows that are not settings."""
-    found = database.read(config_rows)
-    return {key: value for key, value in found.items() if key in KNOBS}
+    found = database.rows(lambda *row: row, "SELECT `key`, value FROM config")
+    return {key: value for key, value in found if key in KNOBS}
 
 
 # ---- doorbell ----------------------------------------------------------------
@@ -2685,7 +2648,6 @@ def ring(database: Database, count: int = sys.maxsize, queues: Collection[str] =
 
 class Doorbell:
     """A thread that parks a sleep when told to, and calls `rung` when it was ended."""
-
     def __init__(self, target: Target, note: str, rung: Callable[[], None]) -> None:
         policy = Policy(math.inf, 1.5 * PARKED_S, say=lambda text: None)
         self._database = Database(target, policy)
@@ -2722,7 +2684,6 @@ MARK = "QUEUECTL_RUN"  # <token>-<seq>: in the environment of all that a run sta
 
 class Output:
     """The first and the last part of a stream, within `limit` bytes, the cut marked."""
-
     def __init__(self, limit: int) -> None:
         self._head_max, self._tail_max = limit // 2, limit - limit // 2
         self._head, self._tail = bytearray(), bytearray()
@@ -2746,7 +2707,6 @@ class Output:
 
 class Launchpad:
     """What every run of this process starts from: environment, directory, score."""
-
     def __init__(self, variables: Mapping[bytes, bytes]) -> None:
         self._environment = job_environment(variables)
         self._null = os.open(os.devnull, os.O_RDONLY)
@@ -2799,7 +2759,6 @@ def _open_files() -> list[int]:
 
 class Process:
     """One run: the shell, its pipe, its time limit, and its end."""
-
     def __init__(self, job: Job, settings: Settings, launchpad: Launchpad) -> None:
         self.job, self.settings = job, settings
         self.key = (job.held.seq, job.held.token)
@@ -3038,9 +2997,15 @@ def _stat(pid: int) -> list[bytes]:
     return fields
 
 
+def cpu_seconds(pid: int) -> float:
+    """What a process has used of the CPU; 0 where that cannot be seen."""
+    with contextlib.suppress(OSError):
+        return sum(map(int, _stat(pid)[11:13])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
 class _Seen(NamedTuple):
     """A living process: its session, and whether it carries the mark looked for."""
-
     session: int
     marked: bool
 
@@ -3150,7 +3115,6 @@ HANDLED = (signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT,
 class Ledger:
     """The worker's id and the marks of its runs, in memory shared with the supervisor,
     which must know what to end when the worker is killed."""
-
     CELL = 64  # bytes; the id, whether the worker opened, then a mark for each slot
 
     def __init__(self, slots: int) -> None:
@@ -3189,7 +3153,6 @@ class Ledger:
 class Neighbours:
     """What the processes of one supervisor know of each other: how busy each is. A pipe
     to each has it look around."""
-
     def __init__(self, slots: Sequence[int]) -> None:
         import mmap
 
@@ -3222,7 +3185,6 @@ class Neighbours:
 @dataclass(frozen=True)
 class Crew:
     """What all worker processes of one supervisor have in common."""
-
     target: Target
     environment: Environment
     settings: Settings
@@ -3236,7 +3198,6 @@ class Crew:
 @dataclass(frozen=True)
 class Post:
     """One worker process's place in the crew."""
-
     number: int
     neighbours: Neighbours
     slots: int
@@ -3265,7 +3226,6 @@ def catch_signals() -> tuple[int, int]:
 
 class Worker:
     """The loop of one worker process."""
-
     def __init__(self, crew: Crew, post: Post) -> None:
         self.crew, self.post = crew, post
         self.settings, self.environment = crew.settings, crew.environment
@@ -3353,7 +3313,7 @@ class Worker:
                       self.post.slots, self.crew.queues)
         off = self.environment.get("QUEUECTL_SKIP_LOCKED").lower() in ("off", "0", "no")
         desk = Desk(Database(self.crew.target, self._policy), me, not off)
-        desk.settings = self.settings
+        desk.settings, desk.retains = self.settings, not self.post.number
         return desk
 
     def _open(self) -> list[str]:
@@ -3682,7 +3642,6 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 
 class Log:
     """Lines on standard error, with the time; a file grows to 10 MB, then is `.1`."""
-
     def __init__(self, path: str = "") -> None:
         self.path = path
         if path:
@@ -3723,7 +3682,6 @@ def _same_file(handle: int, path: str) -> bool:
 
 class Standing(NamedTuple):
     """What a PID file says: whether it is there, its number, and if that is alive."""
-
     found: bool
     pid: int
     alive: bool
@@ -3787,7 +3745,6 @@ def fork_child(work: Callable[[], int], say: Callable[[str], None]) -> int:
 @dataclass
 class _Child:
     """A worker process as its supervisor knows it."""
-
     slots: int
     ledger: Ledger
     inherited: tuple[tuple[str, tuple[str, ...]], ...] = ()
@@ -3799,7 +3756,6 @@ class _Child:
 
 class Supervisor:
     """Forks the crew, keeps it up, and stops it."""
-
     def __init__(self, crew: Crew, count: int, held: Collection[int] = ()) -> None:
         self.crew = crew
         self.stopping = False
@@ -3935,7 +3891,6 @@ def _has_terminal() -> bool:
 @dataclass(frozen=True)
 class Launch:
     """How `worker start` was asked for."""
-
     count: int
     daemon: bool
     pid_file: str  # empty: none
@@ -4089,7 +4044,6 @@ def find_server() -> str:
 
 class PrivateServer:
     """A server in a folder of its own: start and stop, as often as one likes."""
-
     def __init__(self, folder: str, program: str = "") -> None:
         self.folder, self.program = os.path.abspath(folder), program
         self.log = os.path.join(self.folder, "server.log")
@@ -4274,6 +4228,13 @@ def terminal_width() -> int:
         return 200
 
 
+def put_progress(part: float) -> None:
+    """A bar on a terminal's last line; gone when all is done."""
+    if sys.stderr.isatty():
+        bar = f"[{'#' * round(30 * part):30}]" if part < 1 else " " * 32
+        print(f"\r{bar}\r", end="", file=sys.stderr, flush=True)
+
+
 def _box() -> Sequence[str]:
     try:
         "".join(BOX).encode(sys.stdout.encoding or "ascii")
@@ -4312,6 +4273,130 @@ def put_table(titles: Sequence[str], rows: Iterable[Sequence[object]],
     put(rule(bottom))
 
 
+# ---- bench -------------------------------------------------------------------
+#
+# What this MySQL and this host carry, in one run, in a queue of its own that is gone
+# afterwards. Medians of ROUNDS rounds, after one that does not count; each drain stands
+# beside xargs, a bare loop of the same spawns.
+
+ROUNDS, PICK_UPS, IDLE_S = 3, 40, 6.0
+
+
+class Bench:
+    """One run of the benchmark, in the queue `name`."""
+    def __init__(self, desk: Office, count: int, jobs: int) -> None:
+        self.desk, self.count, self.jobs = desk, count, jobs
+        self.name = f"bench-{secrets.token_hex(4)}"
+        self.steps, self.done = 2 * (ROUNDS + 1) + 3, 0
+
+    def run(self) -> dict[str, Json]:
+        """The figures; Problem where other workers would take the jobs."""
+        if any(not worker["queues"] for worker in self.desk.workers()):
+            raise Problem("workers serve all queues: they would take the bench's jobs",
+                          "stop them first: queuectl worker stop")
+        try:
+            return self._measure()
+        finally:
+            database = self.desk.database
+            while seqs := database.rows(int, "SELECT seq FROM jobs WHERE queue = %s "
+                                        "LIMIT 1000", self.name):
+                for table, column in (("runs", "job"), ("dlq", "seq"), ("jobs", "seq")):
+                    database.run(f"DELETE FROM {table} WHERE {column} IN "
+                                 f"({placeholders(seqs)})", *seqs)
+
+    def _measure(self) -> dict[str, Json]:
+        rounds = [self._round() for _ in range(ROUNDS + 1)][1:]
+        enqueued, drained, bare = map(median, zip(*rounds))
+        shell = median([self._timed(lambda: self._queuectl(
+            "enqueue", "-q", "-c", "true", "--queue", self.name).wait())
+            for _ in range(5)])
+        self._step()
+        with tempfile.TemporaryDirectory() as folder:
+            worker = self._queuectl("worker", "start", "--queue", self.name)
+            try:
+                waits = self._pick_ups(os.path.join(folder, "fifo"))
+                idle = self._idle()
+            finally:
+                worker.terminate()
+                worker.wait()
+        return {
+            "server": self.desk.database.version, "cpus": os.cpu_count() or 1,
+            "count": self.count, "jobs": self.jobs, "enqueue_per_s": round(enqueued),
+            "drain_per_s": round(drained), "bare_spawns_per_s": round(bare),
+            "drain_to_bare": round(drained / bare, 2),
+            "enqueue_command_s": round(shell, 3),
+            "pick_up_p50_ms": round(waits[len(waits) // 2] * 1e3, 1),
+            "pick_up_p95_ms": round(waits[len(waits) * 95 // 100] * 1e3, 1),
+            "pick_up_worst_ms": round(waits[-1] * 1e3, 1), **idle}
+
+    def _round(self) -> tuple[float, float, float]:
+        """Jobs a second: enqueued, drained, and spawned by xargs."""
+        spool = spool_lines([b"true\n"] * self.jobs, False, {"queue": self.name})
+        enqueued = self._timed(lambda: enqueue(self.desk.database, spool, False))
+        self._step()
+        drained = self._timed(lambda: self._queuectl(
+            "worker", "start", "--queue", self.name, "--count", str(self.count),
+            "--drain").wait())
+        bare = self._timed(lambda: subprocess.run(
+            ["xargs", f"-P{os.cpu_count() or 1}", "-I{}", "sh", "-c", "{}"],
+            input=b"true\n" * self.jobs, check=True))
+        self._step()
+        return self.jobs / enqueued, self.jobs / drained, self.jobs / bare
+
+    def _pick_ups(self, fifo: str) -> list[float]:
+        """Seconds from the commit to the command's first output, on an idle queue."""
+        os.mkfifo(fifo)
+        waits = []
+        with open(os.open(fifo, os.O_RDWR), "rb", buffering=0) as told:
+            for _ in range(PICK_UPS + 1):
+                spool = spool_lines([f"echo >{shlex.quote(fifo)}".encode()], False,
+                                    {"queue": self.name})
+                enqueue(self.desk.database, spool, False)
+                committed = time.monotonic()
+                ring(self.desk.database, 1, spool.queues)
+                told.read(1)
+                waits.append(time.monotonic() - committed)
+                time.sleep(0.1)  # the worker is idle again
+        self._step()
+        return sorted(waits[1:])  # the first one waited for the worker's start
+
+    def _idle(self) -> dict[str, Json]:
+        """What one idle worker process asks of the server, and of its CPU."""
+        [pid] = [int(str(worker["pid"])) for worker in self.desk.workers()
+                 if worker["queues"] == [self.name]]
+
+        def seen() -> tuple[int, float]:
+            [questions] = self.desk.database.rows(
+                lambda _, value: int(value), "SHOW GLOBAL STATUS LIKE 'Questions'")
+            return questions, cpu_seconds(pid)
+
+        asked, used = seen()
+        time.sleep(IDLE_S)
+        asked_later, used_later = seen()
+        self._step()
+        return {"idle_queries_per_s": round((asked_later - asked - 1) / IDLE_S, 2),
+                "idle_cpu_s_per_minute": round((used_later - used) * 60 / IDLE_S, 2)}
+
+    def _queuectl(self, *argv: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, os.path.abspath(__file__), *argv],
+                                stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def _step(self) -> None:
+        self.done += 1
+        put_progress(self.done / self.steps)
+
+    @staticmethod
+    def _timed(work: Callable[[], object]) -> float:
+        started = time.monotonic()
+        work()
+        return time.monotonic() - started
+
+
+def median(values: Iterable[float]) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]
+
+
 # ---- commands ----------------------------------------------------------------
 #
 # What a person can type. A command's name, arguments, help and body stand together; the
@@ -4323,7 +4408,6 @@ Arg = Tuple[Tuple[str, ...], "dict[str, object]"]  # names, and what argparse is
 
 class Command(NamedTuple):
     """One thing a person can type."""
-
     name: str
     body: Body
     args: tuple[Arg, ...]
@@ -4704,15 +4788,15 @@ def _say_total(shown: int, total: int) -> None:
         say(f"{shown:,} of {total:,}; --limit 0 for all")
 
 
-def _when(view: View) -> str | None:
+def _when(view: View) -> Moment:
     """The time that matters in this state."""
     return {State.PROCESSING: view.started_at, State.PENDING: view.created_at,
             State.SCHEDULED: view.next_run_at, State.FAILED: view.next_run_at,
-            State.BLOCKED: view.created_at}.get(view.state, view.finished_at)
+            State.BLOCKED: view.created_at}.get(State(view.state), view.finished_at)
 
 
-def _short(moment: str | None) -> str:
-    return (moment or "")[:19].replace("T", " ")
+def _short(moment: Moment) -> str:
+    return str(moment or "")[:19]
 
 
 @command("show", ID, AS_JSON, examples=("show my-job", "show my-job --json"))
@@ -4737,7 +4821,7 @@ def show(args: argparse.Namespace) -> None:
     if history:
         put("history:")
         put_table(["Run", "Attempt", "Started", "Seconds", "Exit", "Worker", "Reason"],
-                  [[run.run, run.attempt, run.started_at,
+                  [[run.run, run.attempt, say_time(run.started_at),
                     "" if run.duration is None else f"{run.duration:.3f}",
                     run.exit_code, run.worker, _why(run)] for run in history],
                   spare=["Worker", "Attempt"])
@@ -4772,6 +4856,53 @@ def cancel(args: argparse.Namespace) -> int:
         return report(desk, map(desk.cancel, args.ids), args.json)
 
 
+@command(
+    "purge",
+    arg("--state", required=True, metavar="S", help="completed, dead or cancelled"),
+    arg("--before", metavar="D|TIME", default="0",
+        help="only what ended longer ago than D, or before TIME (default: all)"),
+    arg("--dry-run", action="store_true", help="only say how many it would be"),
+    examples=("purge --state completed --before 7d", "purge --state dead --dry-run"))
+def purge_jobs(args: argparse.Namespace) -> None:
+    """Delete ended jobs with their history; never what a blocked job waits for."""
+    ended = [State.COMPLETED, State.DEAD, State.CANCELLED]
+    if args.state not in ended:
+        raise Problem(f"--state: expected {', '.join(ended)}, "
+                      f"not {excerpt(args.state)}",
+                      "only what has ended can be purged", USAGE)
+    try:
+        age = f"UTC_TIMESTAMP(6) - INTERVAL {parse_duration(args.before)} SECOND"
+    except ValueError:
+        age = f"'{JOB_KEYS['run_at'].kind.read(args.before, '--before')}'"
+    with office(WRITING) as desk:
+        [age] = desk.database.rows("'{}'".format, f"SELECT {age}")  # stays as it is now
+        count = desk.count_where(ended_before(State(args.state), age))
+        if not args.dry_run:
+            count = 0
+            while batch := purge(desk.database, State(args.state), age):
+                count += batch
+    put(f"{count:,} {args.state} jobs {'would be ' * args.dry_run}purged")
+
+
+@command(
+    "bench",
+    arg("--jobs", type=option(whole(10, 10**6)), default=2000, metavar="N",
+        help="jobs in each round (default 2000)"),
+    arg("--count", type=option(whole(1, 1024)), default=0, metavar="N",
+        help="jobs at once (default 64 for each CPU)"),
+    AS_JSON, examples=("bench", "bench --jobs 5000 --count 128 --json"))
+def bench(args: argparse.Namespace) -> None:
+    """Measure what this MySQL and this host carry; takes a minute and cleans up."""
+    with office(WRITING) as desk:
+        count = args.count or 64 * (os.cpu_count() or 1)
+        figures = Bench(desk, count, args.jobs).run()
+    if args.json:
+        put_json(figures)
+    else:
+        put_table(["Figure", "Value"], [[name.replace("_", " "), value]
+                                        for name, value in figures.items()])
+
+
 # -- dead letters
 
 @command("dlq list", LIMIT, AS_JSON, examples=("dlq list", "dlq list --json"))
@@ -4783,7 +4914,7 @@ def dlq_list(args: argparse.Namespace) -> None:
         total = desk.count_dead_letters() if len(letters) == limit else len(letters)
     if args.json:
         for view, died_at in letters:
-            put_json({**view.as_json(), "died_at": died_at})
+            put_json({**view.as_json(), "died_at": say_time(died_at)})
         return
     put_table(["Id", "Attempt", "Exit", "Reason", "Died", "Queue", "Command"],
               [[view.id, f"{view.attempts}/{view.allowed}", view.exit_code, view.reason,
@@ -4915,7 +5046,7 @@ def db_stop(args: argparse.Namespace) -> None:
 # One door in, one door out: main finds the command, builds its parser alone, runs it,
 # and turns a Problem into its message and exit status.
 
-GROUPS = (("jobs", ("enqueue", "list", "show", "logs", "cancel")),
+GROUPS = (("jobs", ("enqueue", "list", "show", "logs", "cancel", "purge", "bench")),
           ("workers", ("worker start", "worker stop", "worker list", "status")),
           ("dead letters", ("dlq list", "dlq retry")),
           ("settings", ("config set", "config get", "config unset", "config list")),
@@ -4924,7 +5055,6 @@ GROUPS = (("jobs", ("enqueue", "list", "show", "logs", "cancel")),
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser that raises Problems."""
-
     def error(self, message: str) -> NoReturn:
         raise Problem(message, f"see: {self.prog} --help", USAGE)
 
