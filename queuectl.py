@@ -83,20 +83,17 @@ Json = Union[None, bool, int, float, str, List["Json"], "dict[str, Json]"]
 
 CANNOT, USAGE, UNAVAILABLE, TIMED_OUT, INTERRUPTED = 1, 2, 69, 124, 130
 
-
 class Problem(Exception):
     """What happened, what to do next, and the exit status that says so."""
     def __init__(self, what: str, hint: str = "", status: int = CANNOT) -> None:
         super().__init__(what)
         self.what, self.hint, self.status = what, hint, status
 
-
 def excerpt(value: object, limit: int = 60) -> str:
     """`value` for a message: printable, on one line, and short."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     text = text.encode("unicode_escape", "backslashreplace").decode("ascii")
     return text if len(text) <= limit else text[: limit - 1] + "…"
-
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """A hint naming the likely word, or an empty one."""
@@ -116,7 +113,6 @@ UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 TEN_YEARS_S = 10 * 366 * 86400
 Value = TypeVar("Value", covariant=True)  # a Kind[int] is a Kind[object]
 
-
 def parse_duration(text: str) -> float:
     """Seconds from `90`, `90s`, `5m`, `2h30m` or `1d`; ValueError otherwise."""
     if re.fullmatch(r"\d{1,12}(\.\d{1,6})?", text):
@@ -125,7 +121,6 @@ def parse_duration(text: str) -> float:
         raise ValueError(text)
     parts = re.findall(r"([\d.]+)([smhd])", text)
     return sum(float(amount) * UNITS_S[unit] for amount, unit in parts)
-
 
 def say_duration(seconds: float) -> str:
     """A duration for people: `0.2 s`, `41 s`, `2 m 30 s`, `3 h 5 m`, `2 d 1 h`."""
@@ -137,7 +132,6 @@ def say_duration(seconds: float) -> str:
     amount, rest = divmod(int(seconds), UNITS_S[unit])
     rest //= UNITS_S[below]
     return f"{amount} {unit}" + (f" {rest} {below}" if rest else "")
-
 
 @dataclass(frozen=True)
 class Kind(Generic[Value]):
@@ -159,12 +153,10 @@ class Kind(Generic[Value]):
         """The value of a JSON document, whose type must be right too."""
         return self.read(value, name, self.json_types)
 
-
 def bounded(value: T, low: float, high: float) -> T:
     if not low <= value <= high:  # type: ignore[operator]
         raise ValueError(value)
     return value
-
 
 def whole(low: int, high: int) -> Kind[int]:
     def convert(text: str) -> int:
@@ -173,11 +165,9 @@ def whole(low: int, high: int) -> Kind[int]:
         return bounded(int(text), low, high)
     return Kind(convert, f"a whole number from {low} to {high}", (int,))
 
-
 def number(low: float, high: float) -> Kind[float]:
     return Kind(lambda text: bounded(float(text), low, high),
                 f"a number from {low:g} to {high:g}", (int, float))
-
 
 def duration(low: float = 0, high: float = TEN_YEARS_S) -> Kind[float]:
     limits = f" of at least {low:g} s" if low else ""
@@ -185,24 +175,19 @@ def duration(low: float = 0, high: float = TEN_YEARS_S) -> Kind[float]:
     return Kind(lambda text: bounded(parse_duration(text), low, high),
                 f"a duration{limits} such as 90, 90s, 5m or 2h30m", (int, float, str))
 
-
 def choice(*words: str) -> Kind[str]:
     return Kind(lambda text: words[words.index(text)], " or ".join(words))
-
 
 def read_codes(text: str) -> frozenset[int]:
     words = [word for word in re.split(r"[,\s]+", text.strip()) if word]
     return frozenset(bounded(int(word), 1, 255) for word in words)
 
-
 EXIT_CODES = Kind(read_codes, "exit codes from 1 to 255, comma-separated")
-
 
 def knob(kind: Kind[T], default: str, help_text: str) -> T:
     """A field of Settings: its default is read by the same code as what people type."""
     metadata = {"kind": kind, "default": default, "help": help_text}
     return dataclasses.field(default=kind.convert(default), metadata=metadata)
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -244,18 +229,14 @@ class Settings:
     def lease_s(self) -> float:
         return max(self.worker_timeout, 4 * self.heartbeat)
 
-
 KNOBS = {field.name: field for field in dataclasses.fields(Settings)}
-
 
 def variable_of(key: str) -> str:
     return f"QUEUECTL_{key.upper()}"
 
-
 class Variable(NamedTuple):
     default: str
     help: str
-
 
 # What only the environment and .env may set.
 VARIABLES = {
@@ -276,7 +257,6 @@ VARIABLES = {
 # What a job does not inherit: ways into the database, tokens, the notify socket.
 PRIVATE_VARIABLE = re.compile(r"DB_.*|DATABASE_URL|MYSQL_PWD|QUEUECTL_.*(KEY|TOKEN)|"
                               r"NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*")
-
 
 def read_dotenv(path: str) -> dict[str, str]:
     """The variables of a .env file, parsed, never executed; none without a file."""
@@ -299,7 +279,6 @@ def read_dotenv(path: str) -> dict[str, str]:
         found[match[1]] = _dotenv_value(match[2], where)
     return found
 
-
 def _dotenv_value(text: str, where: str) -> str:
     if text[:1] not in ("'", '"'):
         return re.sub(r"(^|\s+)#.*", "", text)
@@ -309,7 +288,6 @@ def _dotenv_value(text: str, where: str) -> str:
     if match[1] is not None:
         return match[1]
     return re.sub(r"\\(.)", lambda m: {"n": "\n"}.get(m[1], m[1]), match[2])
-
 
 @dataclass(frozen=True)
 class Environment:
@@ -334,13 +312,11 @@ class Environment:
         found = self.find(name)
         return found[0] if found else VARIABLES[name].default
 
-
 class Configured(NamedTuple):
     """The settings in force, the source and text of each, and what was unusable."""
     settings: Settings
     origins: dict[str, tuple[str, str]]
     complaints: list[str]
-
 
 def configure(environment: Environment, table: Mapping[str, str]) -> Configured:
     """Settings from the environment, the config table and the defaults.
@@ -366,7 +342,6 @@ def configure(environment: Environment, table: Mapping[str, str]) -> Configured:
     settings = dataclasses.replace(Settings(), **values)  # type: ignore[arg-type]
     return Configured(settings, origins, complaints)
 
-
 SSL_MODES = ("disabled", "preferred", "required", "verify_ca", "verify_identity")
 LOCAL_SOCKETS = ("/run/mysqld/mysqld.sock", "/var/run/mysqld/mysqld.sock",
                  "/var/lib/mysql/mysql.sock", "/tmp/mysql.sock")
@@ -374,7 +349,6 @@ PRIVATE_FOLDER = ".queuectl"
 PORT = whole(1, 65535)
 ACCOUNT = {"DB_USER", "DB_PASSWORD", "DB_PASSWORD_FILE"}
 Hosts = Tuple[Tuple[str, int], ...]
-
 
 @dataclass(frozen=True)
 class Target:
@@ -393,13 +367,11 @@ class Target:
         where = self.socket or ",".join(f"{host}:{port}" for host, port in self.hosts)
         return f"{self.database} at {where}"
 
-
 def private_socket(folder: str) -> str:
     """The socket of the private server in `folder`; a long path is noted in a file."""
     with contextlib.suppress(OSError), open(os.path.join(folder, "socket")) as note:
         return note.read().strip()
     return os.path.join(folder, "mysqld.sock")
-
 
 def find_private_folder() -> str:
     """The private server's folder, here or beside the script; empty without one."""
@@ -407,7 +379,6 @@ def find_private_folder() -> str:
     folders = (PRIVATE_FOLDER, os.path.join(beside, PRIVATE_FOLDER))
     return next((folder for folder in folders
                  if os.path.isdir(os.path.join(folder, "data"))), "")
-
 
 def find_target(environment: Environment) -> Target:
     """The database to use: address and account, each whole from the first that says."""
@@ -430,7 +401,6 @@ def find_target(environment: Environment) -> Target:
     return Target(hosts, sock, user, _password(account), environment.get("DB_NAME"),
                   mode, environment.get("DB_SSL_CA"), source, account_source)
 
-
 def _find_address(environment: Environment) -> tuple[Hosts, str, str]:
     """(hosts, socket, source); the private server and the default come last."""
     for source, variables in environment.layers:
@@ -448,7 +418,6 @@ def _find_address(environment: Environment) -> tuple[Hosts, str, str]:
         return (), private_socket(folder), PRIVATE_FOLDER
     return (("127.0.0.1", 3306),), "", "default"
 
-
 def _hosts(text: str, default_port: int) -> Hosts:
     found = []
     for word in filter(None, map(str.strip, text.split(","))):
@@ -461,7 +430,6 @@ def _hosts(text: str, default_port: int) -> Hosts:
     if not found:
         raise Problem("DB_HOST names no host", status=USAGE)
     return tuple(found)
-
 
 def _password(account: Mapping[str, str]) -> str:
     path = account.get("DB_PASSWORD_FILE")
@@ -492,11 +460,9 @@ class State(str, enum.Enum):
     BLOCKED = "blocked"        # waits for other jobs
     CANCELLED = "cancelled"    # a person ended it
 
-
 class Move(NamedTuple):
     leaves: set[State]
     to: State
-
 
 MOVES = {
     "release": Move({State.SCHEDULED, State.FAILED, State.BLOCKED}, State.PENDING),
@@ -513,7 +479,6 @@ MOVES = {
     "revive": Move({State.DEAD}, State.PENDING),
 }
 
-
 class Reason(str, enum.Enum):
     """How a run ended."""
     __str__ = str.__str__
@@ -525,10 +490,8 @@ class Reason(str, enum.Enum):
     CANCELLED = "cancelled"  # a person cancelled it
     HANDED_BACK = "handed back"  # its worker was stopped before it ended
 
-
 ALONE_AFTER_LOSSES = 2
 TIMEOUT_STATUS = 124  # as timeout(1)
-
 
 @dataclass(frozen=True)
 class Held:
@@ -552,7 +515,6 @@ class Held:
         """Whether this run shares its worker process with no other."""
         return self.losses >= ALONE_AFTER_LOSSES
 
-
 @dataclass(frozen=True)
 class End:
     """How a run ended, as its worker saw it."""
@@ -563,7 +525,6 @@ class End:
     output: bytes = b""
     output_bytes: int = 0  # how many it wrote, kept or not
 
-
 class Verdict(NamedTuple):
     """What an ended run makes of its job."""
     move: str
@@ -571,14 +532,12 @@ class Verdict(NamedTuple):
     losses: int = 0
     grant: int | None = None  # runs allowed from now on, where that changes
 
-
 def backoff_s(base: float, attempts: int, settings: Settings, chance: float) -> float:
     """Seconds before the next run: base ^ attempts, at most backoff_max."""
     delay = settings.backoff_max  # compared by logarithms, as the power may overflow
     if delay > 0 and attempts * math.log(base) < math.log(delay):
         delay = base ** attempts
     return delay * (1 - settings.backoff_jitter * chance)
-
 
 def judge(job: Held, end: End, settings: Settings, chance: float) -> Verdict:
     """The move that the end of a run makes. `chance`, from 0 to 1, feeds the jitter."""
@@ -599,7 +558,6 @@ def judge(job: Held, end: End, settings: Settings, chance: float) -> Verdict:
     if spent or end.exit_code in job.permanent_exit_codes:
         return Verdict("bury")
     return Verdict("fail", wait_s)
-
 
 class Judge:
     """Which workers are lost, told by their beats and by our own clock alone.
@@ -748,17 +706,14 @@ CREATE TABLE IF NOT EXISTS schedules (
 ) ENGINE = InnoDB DEFAULT CHARACTER SET ascii COLLATE ascii_bin;
 """
 
-
 def schema_statements() -> list[str]:
     """The statements of SCHEMA that make tables: without CREATE DATABASE and USE."""
     text = re.sub(r"(?m)^(--.*|CREATE DATABASE [^;]*;|USE .*;)\n", "", SCHEMA)
     return [part.strip() for part in text.split(";\n") if part.strip()]
 
-
 def schema_for(database: str) -> str:
     """The text of migrations.sql, for a database of this name."""
     return SCHEMA.replace("`queuectl`", quote_name(database))
-
 
 def quote_name(name: str) -> str:
     return "`" + name.replace("`", "``") + "`"
@@ -781,7 +736,6 @@ class Trouble(enum.Enum):
     SETUP = "something is not set up"
     BUG = "ours"
 
-
 BINLOG_NEEDS_REPEATABLE_READ = 1665
 QUERY_KILLED = 1317
 CODES = {
@@ -799,20 +753,17 @@ CODES = {
 TROUBLE_OF = {code: trouble for trouble, codes in CODES.items() for code in codes}
 LONGEST_PAUSE_S = 3.0
 
-
 class RowRefused(Exception):
     """The server will never take this data as it is: `code` and `text` say why."""
     def __init__(self, code: int, text: str) -> None:
         super().__init__(f"{text} ({code})")
         self.code, self.text = code, text
 
-
 class Unreachable(Problem):
     """The server stayed away for longer than the caller's patience."""
     def __init__(self, what: str, hint: str = "") -> None:
         super().__init__(what, hint, UNAVAILABLE)
         self.sent = False  # whether the transaction may have been carried out
-
 
 @dataclass(frozen=True)
 class Policy:
@@ -823,14 +774,11 @@ class Policy:
     say_after_s: float = 1.0
     give_up: threading.Event = dataclasses.field(default_factory=threading.Event)
 
-
 def _whisper(text: str) -> None:
     print(f"queuectl: {text}", file=sys.stderr, flush=True)
 
-
 READING = Policy(patience_s=2, timeout_s=30, say=_whisper)
 WRITING = Policy(patience_s=10, timeout_s=10, say=_whisper)
-
 
 class RefuseClearText:
     """Answers a server that asks for the password in clear text: with nothing."""
@@ -841,7 +789,6 @@ class RefuseClearText:
         raise Problem("the server asked for the password in clear text: refused",
                       "give the account caching_sha2_password or mysql_native_password",
                       UNAVAILABLE)
-
 
 class Cursor:
     """PyMySQL's cursor, and statements that wait for the next one's round trip."""
@@ -888,7 +835,6 @@ class Cursor:
             self.counts.append(self.rowcount)
             self._inner.nextset()
         return self.rowcount
-
 
 class Database:
     """One connection to the database, made when first needed and again when lost."""
@@ -967,7 +913,6 @@ class Database:
                 if error.args[0] != QUERY_KILLED:  # MariaDB
                     raise
                 return True
-
         return self.read(work)
 
     @staticmethod
@@ -1168,10 +1113,8 @@ class Database:
             check_schema(cursor.fetchone(), self.target.database)
         return not read_only
 
-
 _MULTI_STATEMENTS = 1 << 16
 _FOUND_ROWS = 2  # an UPDATE counts the rows it matched, changed or not
-
 
 class _Driver:
     """PyMySQL's names that this room uses, loaded when first needed (40 to 70 ms)."""
@@ -1189,13 +1132,11 @@ class _Driver:
         self.OperationalError = pymysql.err.OperationalError
         self.ProgrammingError = pymysql.err.ProgrammingError
 
-
 def driver_version() -> str:
     try:
         return _Driver().version
     except Problem:
         return "missing"
-
 
 def diagnose(error: Exception) -> tuple[Trouble, int]:
     """The class of a PyMySQL error, and its code."""
@@ -1211,11 +1152,9 @@ def diagnose(error: Exception) -> tuple[Trouble, int]:
         return Trouble.RECONNECT, code
     return TROUBLE_OF.get(code, Trouble.BUG), code
 
-
 def _refused(error: Exception) -> bool:
     origin = getattr(error, "original_exception", None)
     return isinstance(origin, (ConnectionRefusedError, FileNotFoundError))
-
 
 def explain_error(target: Target, error: Exception) -> Unreachable:
     """What a person should read about an error; no password in it."""
@@ -1249,7 +1188,6 @@ def explain_error(target: Target, error: Exception) -> Unreachable:
         hint = "check that the server runs, and DB_HOST, DB_PORT and DB_SOCKET"
     return Unreachable(what, hint)
 
-
 def check_schema(row: Row | None, database: str) -> None:
     """Refuse tables that this program does not know."""
     words = str(row[0]).split("/") if row else []
@@ -1266,7 +1204,6 @@ def check_schema(row: Row | None, database: str) -> None:
     if version < SCHEMA_VERSION:
         raise Problem(f"{tables}, older than this program needs ({SCHEMA_VERSION})",
                       "run: queuectl db init", UNAVAILABLE)
-
 
 def insertions(cursor: Cursor, packet_bytes: int, head: str,
                rows: Iterable[tuple[str, Values]], tail: str = "") -> Iterator[str]:
@@ -1285,7 +1222,6 @@ def insertions(cursor: Cursor, packet_bytes: int, head: str,
         size += length + 2
     if parts:
         yield f"{head} {', '.join(parts)} {tail}"
-
 
 def init_database(target: Target) -> str:
     """Create the database and its tables where they are missing; says what was done.
@@ -1310,11 +1246,9 @@ def init_database(target: Target) -> str:
             cursor.execute(statement)
         done = "is there already" if found else "created"
         return f"schema {SCHEMA_VERSION} {done} in {target}"
-
     # Closing lets the lock go.
     with contextlib.closing(Database(target, WRITING, bare=True)) as database:
         return database.read(work)
-
 
 def _existing_version(cursor: Cursor, database: str) -> bool:
     cursor.execute("SELECT table_name FROM information_schema.tables "
@@ -1329,7 +1263,6 @@ def _existing_version(cursor: Cursor, database: str) -> bool:
                       "nothing was changed", "name another database in DB_NAME",
                       UNAVAILABLE)
     return "config" in tables
-
 
 def _single(cursor: Cursor) -> object:
     """The one value of a one-row answer."""
@@ -1348,14 +1281,12 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]*")
 NAMED = "letters, digits and ._:@+-, the first a letter or digit"
 NOT_BLANK = re.compile(r"\s*[^\s\0][^\0]*")  # and without NUL
 
-
 def _text(form: re.Pattern[str], bytes_max: int, expects: str) -> Kind[str]:
     def convert(text: str) -> str:
         if not form.fullmatch(text) or len(text.encode()) > bytes_max:
             raise ValueError(text)
         return text
     return Kind(convert, expects)
-
 
 def _read_time(text: str) -> str:
     """UTC, as the database writes it, from ISO 8601 with a zone."""
@@ -1365,7 +1296,6 @@ def _read_time(text: str) -> str:
         raise Problem(f"run_at: {excerpt(text)} has no time zone",
                       f"say {text}Z for UTC, or {here} for this host's time", USAGE)
     return moment.astimezone(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f")
-
 
 def _read_env(text: str) -> str:
     """Canonical JSON of an object of strings."""
@@ -1380,20 +1310,16 @@ def _read_env(text: str) -> str:
         (name + value).encode()  # a lone surrogate is a ValueError too
     return json.dumps(found, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
-
 def _read_code_list(text: str) -> str:
     return ",".join(str(code) for code in sorted(read_codes(text.strip("[]"))))
 
-
 QUEUE_NAME = _text(NAME, 64, f"1 to 64 {NAMED}")
 JOB_ID = _text(NAME, 128, f"1 to 128 {NAMED}")
-
 
 class Key(NamedTuple):
     kind: Kind[object]
     help: str
     metavar: str  # the option's placeholder
-
 
 JOB_KEYS = {
     "id": Key(JOB_ID, "its name; made when not given", "ID"),
@@ -1424,14 +1350,12 @@ EXPRESSIONS = {"delay": "UTC_TIMESTAMP(6) + INTERVAL %s MICROSECOND"}
 COLUMN_OF = {"delay": "next_run_at", "run_at": "next_run_at"}
 Job_Values = Mapping[str, object]
 
-
 def new_id() -> str:
     """A time-ordered UUID (version 7, RFC 9562): its index pages fill in order."""
     moment, noise = f"{time.time_ns() // 1_000_000:012x}", os.urandom(10).hex()
     variant = "89ab"[int(noise[3], 16) % 4]
     return (f"{moment[:8]}-{moment[8:]}-7{noise[:3]}-{variant}{noise[4:7]}-"
             f"{noise[7:19]}")
-
 
 def check_job(document: object, defaults: Job_Values) -> dict[str, object]:
     """The checked values of a JSON job, `defaults` filling what it leaves out."""
@@ -1444,7 +1368,6 @@ def check_job(document: object, defaults: Job_Values) -> dict[str, object]:
             raise Problem(f"unknown key {excerpt(name)}", hint, USAGE)
         values[name] = JOB_KEYS[name].kind.read_json(value, name)
     return complete_job(values, defaults)
-
 
 def complete_job(values: dict[str, object], defaults: Job_Values) -> dict[str, object]:
     """`values` with `defaults`, an id and an absolute directory."""
@@ -1466,7 +1389,6 @@ def complete_job(values: dict[str, object], defaults: Job_Values) -> dict[str, o
     if COLUMN_OF.keys() & values.keys():
         values["state"] = State.SCHEDULED
     return values
-
 
 class Spool:
     """Checked jobs on disk: a million of them take no memory."""
@@ -1504,7 +1426,7 @@ class Spool:
         self._count += 1
 
     def rows(self, batch: str) -> Iterator[tuple[str, list[object]]]:
-        """The VALUES template of each job, DEFAULT where it says nothing; its values."""
+        """The VALUES template of each job, DEFAULT where it says nothing; values."""
         templates: dict[tuple[str, ...], tuple[str, list[int]]] = {}
         for shape, values in self._read():
             if shape not in templates:
@@ -1517,17 +1439,14 @@ class Spool:
             template, order = templates[shape]
             yield template, [values[at] for at in order]
 
-
 def parse_json(text: str) -> object:
     def no_constant(word: str) -> NoReturn:
         raise ValueError(f"{word} is not JSON")
-
     def no_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(pairs)
         if len(found) < len(pairs):
             raise ValueError("a key stands twice")
         return found
-
     try:
         return json.loads(text, parse_constant=no_constant,
                           object_pairs_hook=no_repeats)
@@ -1535,7 +1454,6 @@ def parse_json(text: str) -> object:
         raise Problem(f"not JSON: {excerpt(str(error), 200)}",
                       """quote it for the shell: enqueue '{"command":"echo hello"}'""",
                       USAGE) from None
-
 
 def spool_lines(file: Iterable[bytes], as_json: bool, defaults: Job_Values) -> Spool:
     """Every line of `file` as a job; a bad one is named by its number."""
@@ -1559,7 +1477,6 @@ def spool_lines(file: Iterable[bytes], as_json: bool, defaults: Job_Values) -> S
                           problem.hint, USAGE) from None
     return spool
 
-
 def ahead(items: Iterator[str]) -> Iterator[str]:
     """The same items, each made by a thread while the one before it is used."""
     from concurrent.futures import ThreadPoolExecutor
@@ -1569,7 +1486,6 @@ def ahead(items: Iterator[str]) -> Iterator[str]:
         while found := item.result():
             item = maker.submit(next, items, "")
             yield found
-
 
 def enqueue(database: Database, spool: Spool, if_absent: bool) -> None:
     """Commit all jobs of the spool, or none; `if_absent` passes over ids in use."""
@@ -1582,12 +1498,10 @@ def enqueue(database: Database, spool: Spool, if_absent: bool) -> None:
         for one in ahead(made) if len(spool) > 1000 else made:
             cursor.execute(one)
         return True
-
     def verify(cursor: Cursor) -> bool | None:
         cursor.execute("SELECT seq FROM jobs WHERE id = %s AND batch = %s FOR UPDATE",
                        (spool.first_id, batch))
         return True if cursor.fetchone() else None
-
     try:
         database.transact(work, None if if_absent else verify)
     except Unreachable as problem:
@@ -1598,7 +1512,6 @@ def enqueue(database: Database, spool: Spool, if_absent: bool) -> None:
         raise
     except RowRefused as refused:
         raise _explain_refusal(database, refused) from None
-
 
 def _explain_refusal(database: Database, refused: RowRefused) -> Problem:
     taken = re.search(r"Duplicate entry '(.*)' for key", refused.text)
@@ -1628,7 +1541,6 @@ NEIGHBOURS_PROMOTION_S = 0.05
 DETAIL_MAX, LAST_LINE_MAX = 1024, 255
 Ended = Tuple[Held, End]
 
-
 @dataclass(frozen=True)
 class Job:
     """A claimed job: what to run, and how."""
@@ -1640,14 +1552,12 @@ class Job:
     timeout_s: float
     timeout_name: str  # which setting gave the time limit
 
-
 @dataclass(frozen=True)
 class Flush:
     """Output so far of a run that goes on."""
     held: Held
     output: bytes
     output_bytes: int
-
 
 @dataclass(frozen=True)
 class Ask:
@@ -1661,20 +1571,18 @@ class Ask:
     drain: bool = False
     state: str = "running"
 
-
 @dataclass
 class Look:
     """What a worker sees when it looks around."""
-    config: dict[str, str] = dataclasses.field(default_factory=dict)
-    runs: dict[tuple[int, str], bool] = dataclasses.field(default_factory=dict)
-    others_cancelled: bool = False  # a run of another worker is to be ended
-    waiting: bool = False  # there are pending jobs
-    due_s: float = math.inf  # until the next delayed or failed job is due
-    beats: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
-    strays: list[str | None] = dataclasses.field(default_factory=list)
-    forgotten: list[str] = dataclasses.field(default_factory=list)
+    config: dict[str, str]
+    runs: dict[tuple[int, str], bool]  # ours, and whether each is to be ended
+    others_cancelled: bool  # a run of another worker is to be ended
+    waiting: bool  # there are pending jobs
+    due_s: float  # until the next delayed or failed job is due
+    beats: dict[str, tuple[int, float]]  # of the others, each with its lease
+    strays: list[str | None]  # workers with runs and no row
+    forgotten: list[str]  # workers lost a day ago
     drained: bool = False
-
 
 class Change(NamedTuple):
     """One ended run and what it makes of its job: a row of the plan."""
@@ -1686,7 +1594,6 @@ class Change(NamedTuple):
     def to(self) -> State:
         return MOVES[self.verdict.move].to
 
-
 @dataclass(frozen=True)
 class Turn:
     """What came of a turn."""
@@ -1696,7 +1603,6 @@ class Turn:
     due_s: float = math.inf  # until the next delayed or failed job is due
     changes: Sequence[Change] = ()  # what became of the jobs that ended
     notes: Sequence[str] = ()  # for the log
-
 
 @dataclass(frozen=True)
 class Identity:
@@ -1709,10 +1615,8 @@ class Identity:
     slots: int
     queues: tuple[str, ...]  # none: all
 
-
 def placeholders(values: Collection[object]) -> str:
     return ", ".join(["%s"] * len(values))
-
 
 class Desk:
     """A worker's dealings with the queue."""
@@ -1914,8 +1818,9 @@ class Desk:
 
     def _write_history(self, cursor: Cursor, changes: Sequence[Change]) -> None:
         self._insert(
-            cursor, "INSERT INTO runs (job, run, attempt, worker, started_at, duration, "
-            "exit_code, reason, detail, output, output_bytes, finished_at) VALUES",
+            cursor, "INSERT INTO runs (job, run, attempt, worker, started_at, "
+            "duration, exit_code, reason, detail, output, output_bytes, finished_at) "
+            "VALUES",
             [("(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, UTC_TIMESTAMP(6))",
               (held.seq, held.run, held.attempts, held.worker, held.started_at,
                end.duration_s, end.exit_code, end.reason,
@@ -2088,25 +1993,18 @@ class Desk:
         only = f"AND queue IN ({placeholders(self.me.queues)})" * bool(self.me.queues)
         values = [self.me.id, self.me.id, *self.me.queues, *[self.me.id] * ask.judge]
         cursor.execute(LOOK.format(only=only) + LOOK_AT_OTHERS * ask.judge, values)
-        look = Look()
-        for what, name, value, more in cursor.fetchall():
-            if what == "config":
-                look.config[name] = value
-            elif what == "run":
-                look.runs[int(value), name] = more == "1"
-            elif what == "cancelled":
-                look.others_cancelled = True
-            elif what == "waiting":
-                look.waiting = True
-            elif what == "due":
-                look.due_s = min(look.due_s, int(value) / 1e6)
-            elif what == "beat":
-                look.beats[name] = int(value), float(more)
-            elif what == "stray":
-                look.strays.append(name)
-            elif what == "forgotten":
-                look.forgotten.append(name)
-        return look
+        seen: dict[str, list[list[str]]] = collections.defaultdict(list)
+        for what, *found in cursor.fetchall():
+            seen[what].append(found)
+        return Look(
+            config={name: value for name, value, _ in seen["config"]},
+            runs={(int(seq), token): asked == "1" for token, seq, asked in seen["run"]},
+            others_cancelled=bool(seen["cancelled"]), waiting=bool(seen["waiting"]),
+            due_s=min((int(us) / 1e6 for _, us, _ in seen["due"]), default=math.inf),
+            beats={name: (int(beat), float(lease))
+                   for name, beat, lease in seen["beat"]},
+            strays=[name for name, _, _ in seen["stray"]],
+            forgotten=[name for name, _, _ in seen["forgotten"]])
 
     def _hand_back_unrun(self, ask: Ask, look: Look) -> None:
         """Hand back rows under our name that we do not run: a read-back failed."""
@@ -2185,7 +2083,6 @@ class Desk:
                 self._decide(job.held, End(Reason.LOST), job.held.cancel_requested)
                 for job in jobs])
             return len(jobs)
-
         return self.database.transact(work)
 
     def dead_neighbours(self, gone: Callable[[int, str], bool]) -> dict[str, list[str]]:
@@ -2215,7 +2112,6 @@ class Desk:
         """Remove this worker's row: it holds nothing any more."""
         self.database.run("DELETE FROM workers WHERE id = %s", self.me.id)
 
-
 LOOK = """
 SELECT 'config', CAST(`key` AS CHAR), CAST(value AS CHAR), NULL FROM config
 UNION ALL
@@ -2227,15 +2123,11 @@ UNION ALL
 (SELECT 'waiting', NULL, NULL, NULL FROM jobs FORCE INDEX (jobs_claim)
   WHERE state = 'pending' {only} LIMIT 1)
 UNION ALL
+""" + " UNION ALL ".join(f"""
 (SELECT 'due', NULL, CAST(TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), next_run_at)
                           AS CHAR), NULL
-   FROM jobs FORCE INDEX (jobs_due) WHERE state = 'scheduled'
-  ORDER BY next_run_at LIMIT 1)
-UNION ALL
-(SELECT 'due', NULL, CAST(TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), next_run_at)
-                          AS CHAR), NULL
-   FROM jobs FORCE INDEX (jobs_due) WHERE state = 'failed'
-  ORDER BY next_run_at LIMIT 1)"""
+   FROM jobs FORCE INDEX (jobs_due) WHERE state = '{state}'
+  ORDER BY next_run_at LIMIT 1)""" for state in (State.SCHEDULED, State.FAILED))
 LOOK_AT_OTHERS = """
 UNION ALL
 SELECT IF(lost_at IS NULL, 'beat', 'forgotten'), CAST(id AS CHAR), CAST(beat AS CHAR),
@@ -2252,7 +2144,6 @@ CLAIM_ASSIGNMENTS = """
        runs = runs + 1, started_at = UTC_TIMESTAMP(6), finished_at = NULL,
        duration = NULL, exit_code = NULL, reason = NULL, cancel_requested_at = NULL"""
 
-
 def ended_before(state: State, age: str) -> str:
     """The condition of jobs that may be purged: of this state, ended before `age` (an
     expression), and no blocked job waits for them. next_run_at, which is indexed, is
@@ -2261,7 +2152,6 @@ def ended_before(state: State, age: str) -> str:
             "AND NOT EXISTS (SELECT 1 FROM dependencies JOIN jobs AS waiting "
             "ON waiting.seq = child WHERE parent = jobs.seq "
             "AND waiting.state = 'blocked')")
-
 
 def purge(database: Database, state: State, age: str) -> int:
     """Delete a batch of jobs with their history and dead letters; how many it were."""
@@ -2277,9 +2167,7 @@ def purge(database: Database, state: State, age: str) -> int:
                 cursor.defer(f"DELETE FROM {table} WHERE {column} IN "
                              f"({placeholders(seqs)})", seqs)
         return len(seqs)
-
     return database.transact(work)
-
 
 def waiting_queues(cursor: Cursor) -> list[str]:
     """The queues with pending jobs, by one index seek each."""
@@ -2292,7 +2180,6 @@ def waiting_queues(cursor: Cursor) -> list[str]:
         if not row:
             return found
         found.append(row[0])
-
 
 def last_line(end: End) -> str | None:
     """The last line that says something, for the dead letter."""
@@ -2314,18 +2201,15 @@ VIEW_COLUMNS = """jobs.seq, jobs.id, command, queue, state, priority, attempts,
        worker"""
 Moment = Optional[datetime.datetime]
 
-
 def say_time(moment: object) -> str | None:
     """A DATETIME of the database in ISO 8601, UTC."""
     if not isinstance(moment, datetime.datetime):
         return None
     return moment.isoformat(timespec="milliseconds") + "Z"
 
-
 def as_json(record: object, *but: str) -> dict[str, Json]:
     return {name: say_time(value) if isinstance(value, datetime.datetime) else value
             for name, value in vars(record).items() if name not in but}
-
 
 @dataclass(frozen=True)
 class View:
@@ -2352,7 +2236,6 @@ class View:
     def as_json(self) -> dict[str, Json]:
         return as_json(self, "seq", "allowed")
 
-
 @dataclass(frozen=True)
 class Run:
     """One run of a job's history."""
@@ -2369,7 +2252,6 @@ class Run:
     def as_json(self) -> dict[str, Json]:
         return as_json(self, "run")
 
-
 @dataclass(frozen=True)
 class Whole:
     """A job with all that is known of it; `output` is its last run's."""
@@ -2380,7 +2262,6 @@ class Whole:
     history: list[Run]
     output: bytes
 
-
 class Result(NamedTuple):
     """What came of a verb on one job."""
     id: str
@@ -2388,7 +2269,6 @@ class Result(NamedTuple):
     state: str | None
     error: str | None
     note: str = ""
-
 
 class Office:
     """What a person asks of the queue, or changes in it."""
@@ -2523,7 +2403,6 @@ class Office:
                 "WHERE seq = %s AND state = %s",
                 (MOVES["cancel"].to, Reason.CANCELLED, seq, state))
             return Result(job_id, True, MOVES["cancel"].to, None, "is cancelled")
-
         return self._on_one(job_id, work)
 
     def revive(self, job_id: str, retries: int, reset: bool) -> Result:
@@ -2542,7 +2421,6 @@ class Office:
                 "WHERE seq = %s AND state = %s", (MOVES["revive"].to, seq, state))
             cursor.execute("DELETE FROM dlq WHERE seq = %s", (seq,))
             return Result(job_id, True, MOVES["revive"].to, None, "is pending again")
-
         return self._on_one(job_id, work)
 
     def _on_one(self, job_id: str,
@@ -2556,19 +2434,16 @@ class Office:
                 lambda seq, state: (seq, State(state)),
                 "SELECT seq, state FROM jobs WHERE id = %s FOR UPDATE", job_id)
             return found[0] if found else None
-
         def work(cursor: Cursor) -> Result:
             found = locked(cursor)
             made.append(act(cursor, *found) if found else nothing)
             return made[-1]
-
         def verify(cursor: Cursor) -> Result | None:
             """What was made of it stands: it is so, or (revived) was claimed since."""
             found, result = locked(cursor), made[-1]
             stands = found and (found[1] == result.state or (
                 result.state == State.PENDING and found[1] is not State.DEAD))
             return result if result.ok and stands else None
-
         if not re.fullmatch(NAME, job_id):
             return nothing
         return self.database.transact(work, verify)
@@ -2582,10 +2457,8 @@ class Office:
                 "ON DUPLICATE KEY UPDATE value = VALUES(value), "
                 "changed_at = UTC_TIMESTAMP(6)", key, value)
 
-
 def no_such_job(job_id: str) -> Problem:
     return Problem(f"no such job: {excerpt(job_id, 140)}", "see: queuectl list")
-
 
 def _env_of(text: object) -> dict[str, str]:
     with contextlib.suppress(ValueError, RecursionError):
@@ -2594,13 +2467,11 @@ def _env_of(text: object) -> dict[str, str]:
             return {name: str(value) for name, value in found.items()}
     return {}
 
-
 def states_of(database: Database, ids: Sequence[str]) -> dict[str, str]:
     """The present states of some jobs."""
     return dict(database.rows(
         lambda *row: row, "SELECT id, state FROM jobs "
         f"WHERE id IN ({placeholders(ids)})", *ids)) if ids else {}
-
 
 def read_config(database: Database) -> dict[str, str]:
     """The config table, less the rows that are not settings."""
@@ -2618,7 +2489,6 @@ def read_config(database: Database) -> dict[str, str]:
 
 DOORBELL = "queuectl doorbell"
 PARKED_S = 10  # a sleep outlives its killed client by as much
-
 
 def ring(database: Database, count: int = sys.maxsize, queues: Collection[str] = (),
          worker: str = "") -> None:
@@ -2638,13 +2508,11 @@ def ring(database: Database, count: int = sys.maxsize, queues: Collection[str] =
             if serves and worker in ("", parker):
                 found.append(number)
         return found
-
     found = database.attempt(parked) or []
     random.shuffle(found)
     for number in found[:count + 1]:
         database.attempt(functools.partial(Cursor.execute, statement="KILL QUERY %s",
                                            values=(number,)))
-
 
 class Doorbell:
     """A thread that parks a sleep when told to, and calls `rung` when it was ended."""
@@ -2681,7 +2549,6 @@ STRAY_CHECK_S = 0.05
 OOM_SCORE_ADJ = 500
 MARK = "QUEUECTL_RUN"  # <token>-<seq>: in the environment of all that a run starts
 
-
 class Output:
     """The first and the last part of a stream, within `limit` bytes, the cut marked."""
     def __init__(self, limit: int) -> None:
@@ -2704,7 +2571,6 @@ class Output:
         room = self._tail_max - len(mark)
         return bytes(self._head + mark + (self._tail[-room:] if room > 0 else b""))
 
-
 class Launchpad:
     """What every run of this process starts from: environment, directory, score."""
     def __init__(self, variables: Mapping[bytes, bytes]) -> None:
@@ -2716,9 +2582,9 @@ class Launchpad:
             self._score = os.open("/proc/self/oom_score_adj", os.O_RDWR)
             own = int(os.read(self._score, 16))
             self._scores = b"%d" % own, b"%d" % min(own + OOM_SCORE_ADJ, 1000)
-        for handle in _open_files():
+        for name in os.listdir("/dev/fd"):  # jobs inherit none of what we were given
             with contextlib.suppress(OSError):
-                os.set_inheritable(handle, handle < 3)
+                os.set_inheritable(int(name), int(name) < 3)
 
     def spawn(self, command: bytes, cwd: bytes, output: int,
               variables: Mapping[bytes, bytes]) -> int:
@@ -2748,14 +2614,6 @@ class Launchpad:
         if self._score >= 0:
             with contextlib.suppress(OSError):
                 os.pwrite(self._score, self._scores[which], 0)
-
-
-def _open_files() -> list[int]:
-    try:
-        return [int(name) for name in os.listdir("/dev/fd")]
-    except OSError:
-        return list(range(256))
-
 
 class Process:
     """One run: the shell, its pipe, its time limit, and its end."""
@@ -2910,19 +2768,16 @@ class Process:
             detail = f"in {place}, PATH={os.environ.get('PATH', '')}"
         return Reason.EXIT, code, detail
 
-
 def _here() -> str:
     try:
         return os.getcwd()
     except OSError:
         return "a directory that is gone"
 
-
 def job_environment(variables: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
     """What jobs inherit: all but ways into the database, tokens, notify sockets."""
     return {name: value for name, value in variables.items()
             if not PRIVATE_VARIABLE.fullmatch(os.fsdecode(name))}
-
 
 def reap() -> Iterator[tuple[int, int]]:
     """Each ended child, ours or adopted: its pid, and its exit status or -signal."""
@@ -2933,14 +2788,12 @@ def reap() -> Iterator[tuple[int, int]]:
                 return
             yield pid, os.waitstatus_to_exitcode(status)
 
-
 def become_subreaper() -> None:
     """Have orphans below us become our children, where the kernel can (Linux)."""
     if sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-
 
 @contextlib.contextmanager
 def pinned(pid: int) -> Iterator[int]:
@@ -2957,7 +2810,6 @@ def pinned(pid: int) -> Iterator[int]:
         if handle >= 0:
             os.close(handle)
 
-
 def send(pid: int, number: int, handle: int = -1) -> None:
     """Signal a process, by its descriptor if it is pinned; it may be gone already."""
     try:
@@ -2971,13 +2823,11 @@ def send(pid: int, number: int, handle: int = -1) -> None:
         raise Problem(f"process {pid} belongs to another user",
                       "try again as that user or as root") from None
 
-
 def is_alive(pid: int) -> bool:
     """Whether a process is there; a child of ours that has ended is reaped."""
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)
     return _exists(pid)
-
 
 def _exists(target: int) -> bool:
     """Whether a process is there, be it a zombie; or with -PID a group."""
@@ -2987,7 +2837,6 @@ def _exists(target: int) -> bool:
         return error.errno == errno.EPERM
     return True
 
-
 def _stat(pid: int) -> list[bytes]:
     """What /proc says of a process, from its state on; OSError if it has ended."""
     with open(f"/proc/{pid}/stat", "rb") as file:
@@ -2996,19 +2845,16 @@ def _stat(pid: int) -> list[bytes]:
         raise ProcessLookupError
     return fields
 
-
 def cpu_seconds(pid: int) -> float:
     """What a process has used of the CPU; 0 where that cannot be seen."""
     with contextlib.suppress(OSError):
         return sum(map(int, _stat(pid)[11:13])) / os.sysconf("SC_CLK_TCK")
     return 0.0
 
-
 class _Seen(NamedTuple):
     """A living process: its session, and whether it carries the mark looked for."""
     session: int
     marked: bool
-
 
 def _see(pid: int, wanted: bytes) -> _Seen | None:
     """What /proc says of a process; None if it has ended."""
@@ -3020,7 +2866,6 @@ def _see(pid: int, wanted: bytes) -> _Seen | None:
         return _Seen(session, marked)
     except OSError:
         return None
-
 
 def _signal_strays(mark: str, session: int, number: int) -> tuple[int, int]:
     """Signal what is left of a run (0: only look): its session, what carries its mark,
@@ -3050,7 +2895,6 @@ def _signal_strays(mark: str, session: int, number: int) -> tuple[int, int]:
                     left, refused = left - 1, pid
     return left, refused
 
-
 def holds(pid: int, path: str) -> bool:
     """Whether a process has this file open; True where that cannot be seen."""
     try:
@@ -3063,7 +2907,6 @@ def holds(pid: int, path: str) -> bool:
                 return True
     return False
 
-
 def end_marked(marks: Sequence[str], grace_s: float) -> None:
     """End what an earlier worker left running of these runs; return once it is gone."""
     kill_at = time.monotonic() + grace_s
@@ -3074,7 +2917,6 @@ def end_marked(marks: Sequence[str], grace_s: float) -> None:
         if marks:
             time.sleep(STRAY_CHECK_S)
 
-
 def process_identity(pid: int) -> str:
     """Boot, PID namespace and start time: what makes a pid one process; else empty."""
     try:
@@ -3084,7 +2926,6 @@ def process_identity(pid: int) -> str:
     except OSError:
         return ""
     return f"{boot}/{space}/{started}"
-
 
 def is_gone(pid: int, identity: str) -> bool:
     """Whether a process of this boot and this PID namespace no longer runs; False for
@@ -3110,7 +2951,6 @@ LOW_WATER = 8  # claimed jobs left to start when the next turn begins
 NOW = signal.SIGUSR1  # from the supervisor: end what runs; a terminal cannot send it
 HANDLED = (signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT,
            signal.SIGTERM, signal.SIGPIPE, NOW)
-
 
 class Ledger:
     """The worker's id and the marks of its runs, in memory shared with the supervisor,
@@ -3149,7 +2989,6 @@ class Ledger:
         at, size = cell * self.CELL, self.CELL
         self._memory[at:at + size] = text.encode().ljust(size, b"\0")
 
-
 class Neighbours:
     """What the processes of one supervisor know of each other: how busy each is. A pipe
     to each has it look around."""
@@ -3181,7 +3020,6 @@ class Neighbours:
             with contextlib.suppress(BlockingIOError):  # it was told often enough
                 os.write(self._pipes[number][1], b"+")
 
-
 @dataclass(frozen=True)
 class Crew:
     """What all worker processes of one supervisor have in common."""
@@ -3194,7 +3032,6 @@ class Crew:
     verbose: bool  # whether a job that completed is worth a line
     say: Callable[[str], None]
 
-
 @dataclass(frozen=True)
 class Post:
     """One worker process's place in the crew."""
@@ -3206,7 +3043,6 @@ class Post:
     ready: int  # written once the worker has entered its row
     ledger: Ledger
     inherited: tuple[tuple[str, tuple[str, ...]], ...]  # dead workers and their runs
-
 
 def catch_signals() -> tuple[int, int]:
     """A pipe that gets each handled signal's number as a byte; they are unblocked.
@@ -3222,7 +3058,6 @@ def catch_signals() -> tuple[int, int]:
     signal.set_wakeup_fd(ends[1], warn_on_full_buffer=False)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     return ends
-
 
 class Worker:
     """The loop of one worker process."""
@@ -3280,7 +3115,6 @@ class Worker:
                 refused = error
                 return lambda: self._on_refused(refused)
             return lambda: then(result)
-
         self._asked = True
         self._requests.put(serve)
 
@@ -3639,7 +3473,6 @@ RESPAWN_PAUSE_S, RESPAWN_PAUSE_MAX_S, STEADY_AFTER_S = 0.1, 30.0, 10.0
 READY_WAIT_S = 30.0
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 
-
 class Log:
     """Lines on standard error, with the time; a file grows to 10 MB, then is `.1`."""
     def __init__(self, path: str = "") -> None:
@@ -3672,20 +3505,17 @@ class Log:
         if not _same_file(2, self.path):
             self._open()
 
-
 def _same_file(handle: int, path: str) -> bool:
     try:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except FileNotFoundError:
         return False
 
-
 class Standing(NamedTuple):
     """What a PID file says: whether it is there, its number, and if that is alive."""
     found: bool
     pid: int
     alive: bool
-
 
 def probe_pid_file(path: str) -> Standing:
     """Whether a daemon holds the PID file, by a shared lock taken for an instant."""
@@ -3704,7 +3534,6 @@ def probe_pid_file(path: str) -> Standing:
         return Standing(True, pid, True)
     finally:
         os.close(handle)
-
 
 def hold_pid_file(path: str) -> int:
     """A descriptor that holds the PID file for us, emptied; Problem if another does."""
@@ -3727,7 +3556,6 @@ def hold_pid_file(path: str) -> int:
                           "stop it (queuectl worker stop), or give another --pid-file")
         time.sleep(0.02)
 
-
 def fork_child(work: Callable[[], int], say: Callable[[str], None]) -> int:
     """The pid of a child that does `work` and exits with its status."""
     pid = os.fork()
@@ -3741,7 +3569,6 @@ def fork_child(work: Callable[[], int], say: Callable[[str], None]) -> int:
     finally:
         os._exit(status)  # a child never returns into its parent's stack
 
-
 @dataclass
 class _Child:
     """A worker process as its supervisor knows it."""
@@ -3752,7 +3579,6 @@ class _Child:
     started: float = 0.0
     pause_s: float = RESPAWN_PAUSE_S
     spawn_at: float = 0.0
-
 
 class Supervisor:
     """Forks the crew, keeps it up, and stops it."""
@@ -3819,7 +3645,6 @@ class Supervisor:
             post = Post(number, self._neighbours, child.slots, supervisor,
                         self._lifeline, self._ready_end, child.ledger, child.inherited)
             return Worker(self.crew, post).run()
-
         signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
         try:
             child.pid, child.started = fork_child(work, self.crew.say), time.monotonic()
@@ -3879,14 +3704,12 @@ class Supervisor:
             if child.pid:
                 send(child.pid, number)
 
-
 def _has_terminal() -> bool:
     """Whether a terminal controls us: then SIGHUP means that it went away."""
     with contextlib.suppress(OSError):
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
         return True
     return False
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -3896,12 +3719,10 @@ class Launch:
     pid_file: str  # empty: none
     log_file: str
 
-
 def launch(crew: Crew, start: Launch) -> int:
     """Run the crew here, or as a daemon; the exit status."""
     held = hold_pid_file(start.pid_file) if start.pid_file else -1
     return _daemonize(crew, start, held) if start.daemon else _serve(crew, start, held)
-
 
 def _serve(crew: Crew, start: Launch, held: int, ready_end: int = -1) -> int:
     if held >= 0:
@@ -3915,7 +3736,6 @@ def _serve(crew: Crew, start: Launch, held: int, ready_end: int = -1) -> int:
             with contextlib.suppress(BrokenPipeError):  # the starter did not wait
                 os.write(ready_end, b"+")
             os.close(ready_end)
-
     try:
         return Supervisor(crew, start.count, [held] if held >= 0 else []).run(announce)
     finally:
@@ -3924,7 +3744,6 @@ def _serve(crew: Crew, start: Launch, held: int, ready_end: int = -1) -> int:
         if held >= 0 and _same_file(held, start.pid_file):
             with contextlib.suppress(OSError):
                 os.unlink(start.pid_file)
-
 
 def _daemonize(crew: Crew, start: Launch, held: int) -> int:
     """Fork the daemon and wait until it is ready; if it dies first, print why."""
@@ -3943,7 +3762,6 @@ def _daemonize(crew: Crew, start: Launch, held: int) -> int:
         say = Log(start.log_file).say
         quiet = dataclasses.replace(crew, say=say, verbose=False)
         return _serve(quiet, start, held, write_end)
-
     pid = fork_child(serve, crew.say)
     os.close(write_end)
     os.close(held)
@@ -3957,13 +3775,11 @@ def _daemonize(crew: Crew, start: Launch, held: int) -> int:
     raise Problem(f"the worker daemon did not get ready{_log_tail(start.log_file)}",
                   f"see {start.log_file}", UNAVAILABLE)
 
-
 def _log_tail(path: str) -> str:
     with contextlib.suppress(OSError), open(path, errors="replace") as log:
         lines = [line.rstrip() for line in log.readlines()[-5:]]
         return ":\n  " + "\n  ".join(lines) if lines else ""
     return ""
-
 
 def stop_daemon(path: str, now: bool, timeout_s: float,
                 waits_for: Callable[[int], str]) -> int:
@@ -3998,7 +3814,6 @@ def stop_daemon(path: str, now: bool, timeout_s: float,
         return _await_end(path, standing, timeout_s, waits_for)
     return 0
 
-
 def _await_end(path: str, standing: Standing, timeout_s: float,
                waits_for: Callable[[int], str]) -> int:
     started, daemon = time.monotonic(), f"worker daemon {standing.pid}"
@@ -4028,7 +3843,6 @@ SERVER_FOLDERS = ("/usr/sbin", "/usr/libexec", "/usr/local/sbin",
 SOCKET_PATH_MAX = 100
 SERVER_WAIT_S = 60.0
 
-
 def find_server() -> str:
     """The path of a mysqld or mariadbd on this machine; Problem if there is none."""
     import shutil
@@ -4040,7 +3854,6 @@ def find_server() -> str:
                       "install one (Debian: apt install mariadb-server-core), or point "
                       "DB_HOST at a server", UNAVAILABLE)
     return found
-
 
 class PrivateServer:
     """A server in a folder of its own: start and stop, as often as one likes."""
@@ -4177,16 +3990,13 @@ MULTILINE = {code: text for code, text in ESCAPES.items() if code not in (9, 10)
 BOX = ("┌─┬┐", "│ ││", "├─┼┤", "└─┴┘")
 ASCII_BOX = ("+-++", "| ||", "+-++", "+-++")
 
-
 def escaped(text: str) -> str:
     """`text` on one line, with its control characters shown."""
     return text.translate(ESCAPES)
 
-
 def say(text: str) -> None:
     """A line of talk."""
     print(text, file=sys.stderr)
-
 
 def put(text: str) -> None:
     """A line of the result; what the locale cannot show becomes `?`."""
@@ -4196,10 +4006,8 @@ def put(text: str) -> None:
         encoding = sys.stdout.encoding or "ascii"
         print(text.encode(encoding, "replace").decode(encoding))
 
-
 def put_json(document: Json) -> None:
     print(json.dumps(document))
-
 
 def columns_of(text: str) -> int:
     """How many columns a terminal gives `text`."""
@@ -4210,7 +4018,6 @@ def columns_of(text: str) -> int:
     return sum(1 + (unicodedata.east_asian_width(char) in "WF")
                for char in text if not unicodedata.combining(char))
 
-
 def fit(text: str, width: int) -> str:
     """`text` padded to `width` columns, or cut with a mark."""
     if columns_of(text) > width:
@@ -4219,7 +4026,6 @@ def fit(text: str, width: int) -> str:
         text += "…"
     return text + " " * (width - columns_of(text))
 
-
 def terminal_width() -> int:
     """Columns of the terminal; a generous width where there is none."""
     try:
@@ -4227,13 +4033,11 @@ def terminal_width() -> int:
     except OSError:
         return 200
 
-
 def put_progress(part: float) -> None:
     """A bar on a terminal's last line; gone when all is done."""
     if sys.stderr.isatty():
         bar = f"[{'#' * round(30 * part):30}]" if part < 1 else " " * 32
         print(f"\r{bar}\r", end="", file=sys.stderr, flush=True)
-
 
 def _box() -> Sequence[str]:
     try:
@@ -4241,7 +4045,6 @@ def _box() -> Sequence[str]:
     except UnicodeEncodeError:
         return ASCII_BOX
     return BOX
-
 
 def put_table(titles: Sequence[str], rows: Iterable[Sequence[object]],
               spare: Sequence[str] = ()) -> None:
@@ -4263,7 +4066,6 @@ def put_table(titles: Sequence[str], rows: Iterable[Sequence[object]],
     def rule(shape: str) -> str:
         inside = shape[2].join(shape[1] * (width + 2) for width in widths)
         return shape[0] + inside + shape[3]
-
     put(rule(top))
     for number, row in enumerate(zip(*columns)):
         inside = f" {sides[2]} ".join(map(fit, row, widths))
@@ -4281,13 +4083,12 @@ def put_table(titles: Sequence[str], rows: Iterable[Sequence[object]],
 
 ROUNDS, PICK_UPS, IDLE_S = 3, 40, 6.0
 
-
 class Bench:
     """One run of the benchmark, in the queue `name`."""
     def __init__(self, desk: Office, count: int, jobs: int) -> None:
         self.desk, self.count, self.jobs = desk, count, jobs
         self.name = f"bench-{secrets.token_hex(4)}"
-        self.steps, self.done = 2 * (ROUNDS + 1) + 3, 0
+        self._steps = itertools.count(1)
 
     def run(self) -> dict[str, Json]:
         """The figures; Problem where other workers would take the jobs."""
@@ -4295,102 +4096,88 @@ class Bench:
             raise Problem("workers serve all queues: they would take the bench's jobs",
                           "stop them first: queuectl worker stop")
         try:
-            return self._measure()
+            rounds = [self._round() for _ in range(ROUNDS + 1)][1:]
+            enqueued, drained, bare = map(median, zip(*rounds))
+            command = median([self._timed(lambda: self._queuectl(
+                "enqueue", "-q", "-c", "true").wait()) for _ in range(5)])
+            return {"server": self.desk.database.version, "cpus": os.cpu_count() or 1,
+                    "count": self.count, "jobs": self.jobs,
+                    "enqueue_per_s": round(enqueued), "drain_per_s": round(drained),
+                    "xargs_per_s": round(bare),
+                    "drain_to_xargs": round(drained / bare, 2),
+                    "enqueue_command_ms": round(command * 1e3), **self._one_by_one()}
         finally:
-            database = self.desk.database
-            while seqs := database.rows(int, "SELECT seq FROM jobs WHERE queue = %s "
-                                        "LIMIT 1000", self.name):
+            database, ours = self.desk.database, "SELECT seq FROM jobs WHERE queue = %s"
+            while seqs := database.rows(int, f"{ours} LIMIT 1000", self.name):
                 for table, column in (("runs", "job"), ("dlq", "seq"), ("jobs", "seq")):
                     database.run(f"DELETE FROM {table} WHERE {column} IN "
                                  f"({placeholders(seqs)})", *seqs)
 
-    def _measure(self) -> dict[str, Json]:
-        rounds = [self._round() for _ in range(ROUNDS + 1)][1:]
-        enqueued, drained, bare = map(median, zip(*rounds))
-        shell = median([self._timed(lambda: self._queuectl(
-            "enqueue", "-q", "-c", "true", "--queue", self.name).wait())
-            for _ in range(5)])
-        self._step()
+    def _round(self) -> tuple[float, float, float]:
+        """Jobs a second: enqueued, drained by `worker start`, and run by xargs."""
+        lines, cpus = b"true\n" * self.jobs, str(os.cpu_count() or 1)
+        spool = spool_lines(lines.splitlines(), False, {"queue": self.name})
+        return (self.jobs / self._timed(
+                    lambda: enqueue(self.desk.database, spool, False)),
+                self.jobs / self._timed(lambda: self._queuectl(
+                    "worker", "start", "--count", str(self.count), "--drain").wait()),
+                self.jobs / self._timed(lambda: subprocess.run(
+                    ["xargs", "-P", cpus, "-I{}", "sh", "-c", "{}"], input=lines,
+                    check=True)))
+
+    def _one_by_one(self) -> dict[str, Json]:
+        """How soon single jobs start on an idle queue, and what idling costs."""
         with tempfile.TemporaryDirectory() as folder:
-            worker = self._queuectl("worker", "start", "--queue", self.name)
+            worker = self._queuectl("worker", "start")
             try:
-                waits = self._pick_ups(os.path.join(folder, "fifo"))
-                idle = self._idle()
+                waits = sorted(self._pick_ups(os.path.join(folder, "fifo")))
+                before = self._used()
+                time.sleep(IDLE_S)
+                after = self._used()
             finally:
                 worker.terminate()
                 worker.wait()
-        return {
-            "server": self.desk.database.version, "cpus": os.cpu_count() or 1,
-            "count": self.count, "jobs": self.jobs, "enqueue_per_s": round(enqueued),
-            "drain_per_s": round(drained), "bare_spawns_per_s": round(bare),
-            "drain_to_bare": round(drained / bare, 2),
-            "enqueue_command_s": round(shell, 3),
-            "pick_up_p50_ms": round(waits[len(waits) // 2] * 1e3, 1),
-            "pick_up_p95_ms": round(waits[len(waits) * 95 // 100] * 1e3, 1),
-            "pick_up_worst_ms": round(waits[-1] * 1e3, 1), **idle}
+        figures = [waits[len(waits) // 2], waits[len(waits) * 95 // 100], waits[-1]]
+        p50, p95, worst = [round(wait * 1e3, 1) for wait in figures]
+        return {"pick_up_p50_ms": p50, "pick_up_p95_ms": p95, "pick_up_worst_ms": worst,
+                "idle_queries_per_s": round((after[0] - before[0] - 1) / IDLE_S, 2),
+                "idle_cpu_s_per_minute": round((after[1] - before[1]) * 60 / IDLE_S, 2)}
 
-    def _round(self) -> tuple[float, float, float]:
-        """Jobs a second: enqueued, drained, and spawned by xargs."""
-        spool = spool_lines([b"true\n"] * self.jobs, False, {"queue": self.name})
-        enqueued = self._timed(lambda: enqueue(self.desk.database, spool, False))
-        self._step()
-        drained = self._timed(lambda: self._queuectl(
-            "worker", "start", "--queue", self.name, "--count", str(self.count),
-            "--drain").wait())
-        bare = self._timed(lambda: subprocess.run(
-            ["xargs", f"-P{os.cpu_count() or 1}", "-I{}", "sh", "-c", "{}"],
-            input=b"true\n" * self.jobs, check=True))
-        self._step()
-        return self.jobs / enqueued, self.jobs / drained, self.jobs / bare
-
-    def _pick_ups(self, fifo: str) -> list[float]:
-        """Seconds from the commit to the command's first output, on an idle queue."""
+    def _pick_ups(self, fifo: str) -> Iterator[float]:
+        """Seconds from the commit to the command's first output."""
         os.mkfifo(fifo)
-        waits = []
+        job = {"command": f"echo >{shlex.quote(fifo)}", "queue": self.name}
         with open(os.open(fifo, os.O_RDWR), "rb", buffering=0) as told:
-            for _ in range(PICK_UPS + 1):
-                spool = spool_lines([f"echo >{shlex.quote(fifo)}".encode()], False,
-                                    {"queue": self.name})
+            for number in range(PICK_UPS + 1):
+                spool = Spool()
+                spool.add(check_job(job, {}))
                 enqueue(self.desk.database, spool, False)
                 committed = time.monotonic()
                 ring(self.desk.database, 1, spool.queues)
                 told.read(1)
-                waits.append(time.monotonic() - committed)
+                if number:  # the first one waited for the worker's start
+                    yield time.monotonic() - committed
                 time.sleep(0.1)  # the worker is idle again
-        self._step()
-        return sorted(waits[1:])  # the first one waited for the worker's start
 
-    def _idle(self) -> dict[str, Json]:
-        """What one idle worker process asks of the server, and of its CPU."""
-        [pid] = [int(str(worker["pid"])) for worker in self.desk.workers()
-                 if worker["queues"] == [self.name]]
-
-        def seen() -> tuple[int, float]:
-            [questions] = self.desk.database.rows(
-                lambda _, value: int(value), "SHOW GLOBAL STATUS LIKE 'Questions'")
-            return questions, cpu_seconds(pid)
-
-        asked, used = seen()
-        time.sleep(IDLE_S)
-        asked_later, used_later = seen()
-        self._step()
-        return {"idle_queries_per_s": round((asked_later - asked - 1) / IDLE_S, 2),
-                "idle_cpu_s_per_minute": round((used_later - used) * 60 / IDLE_S, 2)}
+    def _used(self) -> tuple[int, float]:
+        """Queries that the server has had, and CPU seconds that our worker has used."""
+        [questions] = self.desk.database.rows(
+            lambda _, value: int(value), "SHOW GLOBAL STATUS LIKE 'Questions'")
+        return questions, sum(cpu_seconds(int(str(worker["pid"])))
+                              for worker in self.desk.workers()
+                              if worker["queues"] == [self.name])
 
     def _queuectl(self, *argv: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, os.path.abspath(__file__), *argv],
-                                stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), *argv, "--queue", self.name],
+            stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    def _step(self) -> None:
-        self.done += 1
-        put_progress(self.done / self.steps)
-
-    @staticmethod
-    def _timed(work: Callable[[], object]) -> float:
+    def _timed(self, work: Callable[[], object]) -> float:
         started = time.monotonic()
         work()
-        return time.monotonic() - started
-
+        took = time.monotonic() - started
+        put_progress(next(self._steps) / (3 * (ROUNDS + 1) + 5))
+        return took
 
 def median(values: Iterable[float]) -> float:
     ordered = sorted(values)
@@ -4405,7 +4192,6 @@ def median(values: Iterable[float]) -> float:
 Body = Callable[[argparse.Namespace], Optional[int]]
 Arg = Tuple[Tuple[str, ...], "dict[str, object]"]  # names, and what argparse is told
 
-
 class Command(NamedTuple):
     """One thing a person can type."""
     name: str
@@ -4417,9 +4203,7 @@ class Command(NamedTuple):
     def summary(self) -> str:
         return (self.body.__doc__ or "").split("\n")[0].rstrip(".")
 
-
 COMMANDS: dict[str, Command] = {}
-
 
 def command(name: str, *args: Arg,
             examples: Sequence[str] = ()) -> Callable[[Body], Body]:
@@ -4428,10 +4212,8 @@ def command(name: str, *args: Arg,
         return body
     return declare
 
-
 def arg(*names: str, **options: object) -> Arg:
     return names, options
-
 
 def option(kind: Kind[T]) -> Callable[[str], T]:
     """A Kind as argparse wants it."""
@@ -4442,7 +4224,6 @@ def option(kind: Kind[T]) -> Callable[[str], T]:
             raise argparse.ArgumentTypeError(
                 f"expected {kind.expects}, not {excerpt(text)}") from None
     return read
-
 
 AS_JSON = arg("--json", action="store_true", help="for programs: an object a line")
 IDS = arg("ids", nargs="+", metavar="ID", help="the job's id")
@@ -4456,16 +4237,13 @@ JOB_OPTIONS = tuple(
         **({"action": "append"} if name == "env" else {"type": option(key.kind)}))
     for name, key in JOB_KEYS.items() if name != "command")
 
-
 def open_database(policy: Policy) -> Database:
     return Database(find_target(Environment.read()), policy)
-
 
 def configured_by(environment: Environment, policy: Policy) -> Configured:
     """The settings in force, the stored ones read from the database."""
     with contextlib.closing(Database(find_target(environment), policy)) as database:
         return configure(environment, read_config(database))
-
 
 @contextlib.contextmanager
 def office(policy: Policy = READING) -> Iterator[Office]:
@@ -4473,7 +4251,6 @@ def office(policy: Policy = READING) -> Iterator[Office]:
     with contextlib.closing(open_database(policy)) as database:
         configured = configure(Environment.read(), read_config(database))
         yield Office(database, configured.settings)
-
 
 def report(desk: Office, results: Iterable[Result], as_json: bool) -> int:
     """Print what came of a verb on each job, and tell the workers; 1 if one failed."""
@@ -4489,7 +4266,6 @@ def report(desk: Office, results: Iterable[Result], as_json: bool) -> int:
         status |= not result.ok
     ring(desk.database)
     return status
-
 
 # -- enqueue
 
@@ -4522,7 +4298,6 @@ def enqueue_jobs(args: argparse.Namespace) -> None:
             if not args.quiet:
                 _print_ids(database, spool, args)
 
-
 def _job_defaults(args: argparse.Namespace) -> dict[str, object]:
     values = {name: getattr(args, name) for name in JOB_KEYS
               if name not in ("command", "env") and getattr(args, name) is not None}
@@ -4535,7 +4310,6 @@ def _job_defaults(args: argparse.Namespace) -> dict[str, object]:
     if "delay" in values and "run_at" in values:
         raise Problem("--delay and --run-at: give only one", status=USAGE)
     return values
-
 
 def _spool_jobs(args: argparse.Namespace, defaults: Job_Values) -> Spool:
     if args.document == "-":
@@ -4563,7 +4337,6 @@ def _spool_jobs(args: argparse.Namespace, defaults: Job_Values) -> Spool:
             raise
     return spool
 
-
 def _opened_input(path: str) -> contextlib.AbstractContextManager[IO[bytes]]:
     if path == "-":
         return contextlib.nullcontext(sys.stdin.buffer)
@@ -4571,7 +4344,6 @@ def _opened_input(path: str) -> contextlib.AbstractContextManager[IO[bytes]]:
         return open(path, "rb")
     except OSError as error:
         raise Problem(f"cannot read {path}: {error.strerror}", status=USAGE) from None
-
 
 def _print_ids(database: Database, spool: Spool, args: argparse.Namespace) -> None:
     """The ids, a page at a time; with --if-absent the states as they are now."""
@@ -4585,7 +4357,6 @@ def _print_ids(database: Database, spool: Spool, args: argparse.Namespace) -> No
                 put_json({"id": job_id, "state": now.get(job_id, state)})
             else:
                 put(job_id)
-
 
 # -- workers
 
@@ -4617,6 +4388,8 @@ def worker_start(args: argparse.Namespace) -> int:
     configured = configured_by(environment, WRITING)
     for complaint in [*configured.complaints, *_readable_dotenv(environment)]:
         _whisper(f"warning: {complaint}")
+    if target.socket:  # a job's directory is ours too, for a moment
+        target = dataclasses.replace(target, socket=os.path.abspath(target.socket))
     crew = Crew(target, environment, configured.settings, queues, args.drain,
                 args.grace, sys.stderr.isatty(), Log().say)
     pid_file = args.pid_file or (_pid_file(environment) if args.daemon else "")
@@ -4625,10 +4398,8 @@ def worker_start(args: argparse.Namespace) -> int:
                                os.path.abspath(pid_file) if pid_file else "",
                                os.path.abspath(log_file)))
 
-
 def _pid_file(environment: Environment) -> str:
     return environment.get("PID_FILE") or VARIABLES["PID_FILE"].default
-
 
 def _readable_dotenv(environment: Environment) -> list[str]:
     """A .env that others can read."""
@@ -4638,7 +4409,6 @@ def _readable_dotenv(environment: Environment) -> list[str]:
             if variables and os.stat(source).st_mode & 0o077:
                 found.append(f"others can read {source}; mend it: chmod 600 {source}")
     return found
-
 
 @command(
     "worker stop", PID_FILE,
@@ -4658,10 +4428,8 @@ def worker_stop(args: argparse.Namespace) -> int:
             more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
             return f", waiting for {', '.join(ids[:5])}{more}" if ids else ""
         return ""
-
     path = args.pid_file or _pid_file(environment)
     return stop_daemon(path, args.now, args.timeout, waits_for)
-
 
 @command("worker list", AS_JSON, examples=("worker list", "worker list --json"))
 def worker_list(args: argparse.Namespace) -> None:
@@ -4677,19 +4445,16 @@ def worker_list(args: argparse.Namespace) -> None:
     hosts = len({row["host"] for row in rows})
     put(f"{slots} slot{'s' * (slots != 1)} on {hosts} host{'s' * (hosts != 1)}")
 
-
 def _put_workers(rows: Sequence[dict[str, Json]]) -> None:
     put_table(["Worker", "Host", "PID", "Busy", "Heartbeat", "State", "Queues"],
               [[row["id"], row["host"], row["pid"], f"{row['busy']}/{row['slots']}",
                 row["heartbeat_at"], row["state"], ", ".join(_names(row)) or "all"]
                for row in rows], spare=["Heartbeat", "Host"])
 
-
 def _names(row: Mapping[str, Json]) -> list[str]:
     """The queues that a worker serves; none: all."""
     names = row["queues"]
     return [str(name) for name in names] if isinstance(names, list) else []
-
 
 # -- looking
 
@@ -4711,7 +4476,6 @@ def status(args: argparse.Namespace) -> None:
                 return
             sys.stdout.flush()
             time.sleep(args.watch)
-
 
 def _put_status(desk: Office, path: str, args: argparse.Namespace) -> None:
     counts, capped = desk.states(args.exact)
@@ -4747,7 +4511,6 @@ def _put_status(desk: Office, path: str, args: argparse.Namespace) -> None:
             say(f"warning: jobs wait in queue {name}, and no live worker serves it; "
                 f"start one: queuectl worker start --queue {name}")
 
-
 @command(
     "list",
     arg("--state", metavar="S", help="only jobs in this state"),
@@ -4775,18 +4538,15 @@ def list_jobs(args: argparse.Namespace) -> None:
               spare=["When", "Queue"])
     _say_total(len(shown), total)
 
-
 def _limit(args: argparse.Namespace) -> int:
     """How many rows to show; 0: all."""
     if args.limit is None:
         return 0 if args.json else 100
     return int(args.limit)
 
-
 def _say_total(shown: int, total: int) -> None:
     if total > shown:
         say(f"{shown:,} of {total:,}; --limit 0 for all")
-
 
 def _when(view: View) -> Moment:
     """The time that matters in this state."""
@@ -4794,10 +4554,8 @@ def _when(view: View) -> Moment:
             State.SCHEDULED: view.next_run_at, State.FAILED: view.next_run_at,
             State.BLOCKED: view.created_at}.get(State(view.state), view.finished_at)
 
-
 def _short(moment: Moment) -> str:
     return str(moment or "")[:19]
-
 
 @command("show", ID, AS_JSON, examples=("show my-job", "show my-job --json"))
 def show(args: argparse.Namespace) -> None:
@@ -4829,11 +4587,9 @@ def show(args: argparse.Namespace) -> None:
         put("output:")
         put(output.translate(MULTILINE).rstrip("\n"))
 
-
 def _why(run: Run) -> str:
     """How a run ended, with what is to be said of it."""
     return f"{run.reason or 'running'}{': ' * bool(run.detail)}{run.detail or ''}"
-
 
 @command("logs", ID, examples=("logs my-first-job", "logs my-first-job > out.bin"))
 def logs(args: argparse.Namespace) -> None:
@@ -4848,13 +4604,11 @@ def logs(args: argparse.Namespace) -> None:
     if not whole_job.history:
         say(f"job {args.id} is {whole_job.view.state} and has not run yet")
 
-
 @command("cancel", IDS, AS_JSON, examples=("cancel my-first-job", "cancel a b c"))
 def cancel(args: argparse.Namespace) -> int:
     """Cancel jobs: waiting ones now, running ones by their worker."""
     with office(WRITING) as desk:
         return report(desk, map(desk.cancel, args.ids), args.json)
-
 
 @command(
     "purge",
@@ -4883,11 +4637,10 @@ def purge_jobs(args: argparse.Namespace) -> None:
                 count += batch
     put(f"{count:,} {args.state} jobs {'would be ' * args.dry_run}purged")
 
-
 @command(
     "bench",
-    arg("--jobs", type=option(whole(10, 10**6)), default=2000, metavar="N",
-        help="jobs in each round (default 2000)"),
+    arg("--jobs", type=option(whole(10, 10**6)), default=5000, metavar="N",
+        help="jobs in each round (default 5000)"),
     arg("--count", type=option(whole(1, 1024)), default=0, metavar="N",
         help="jobs at once (default 64 for each CPU)"),
     AS_JSON, examples=("bench", "bench --jobs 5000 --count 128 --json"))
@@ -4899,9 +4652,7 @@ def bench(args: argparse.Namespace) -> None:
     if args.json:
         put_json(figures)
     else:
-        put_table(["Figure", "Value"], [[name.replace("_", " "), value]
-                                        for name, value in figures.items()])
-
+        put_table(["Figure", "Value"], list(figures.items()))
 
 # -- dead letters
 
@@ -4922,7 +4673,6 @@ def dlq_list(args: argparse.Namespace) -> None:
                for view, died_at in letters], spare=["Died", "Queue", "Exit"])
     _say_total(len(letters), total)
 
-
 @command(
     "dlq retry", IDS,
     arg("--retries", type=option(whole(1, 1000)), default=1, metavar="N",
@@ -4938,7 +4688,6 @@ def dlq_retry(args: argparse.Namespace) -> int:
         revived = (desk.revive(job_id, args.retries, args.reset) for job_id in args.ids)
         return report(desk, revived, args.json)
 
-
 # -- settings
 
 def known_key(key: str) -> str:
@@ -4947,9 +4696,7 @@ def known_key(key: str) -> str:
                       nearest(key, KNOBS) or f"settings: {' '.join(KNOBS)}", USAGE)
     return key
 
-
 KEY = arg("key", type=known_key, metavar="KEY", help="the setting's name")
-
 
 @command("config set", KEY, arg("value", metavar="VALUE", help="its new value"),
          examples=("config set backoff_base 3", "config set job_timeout 10m"))
@@ -4968,12 +4715,10 @@ def config_set(args: argparse.Namespace) -> None:
         _whisper("warning: worker_timeout is under 4 heartbeats; the lease is "
                  f"{say_duration(settings.lease_s)}")
 
-
 @command("config get", KEY, examples=("config get backoff_base",))
 def config_get(args: argparse.Namespace) -> None:
     """Print the value in force."""
     put(configured_by(Environment.read(), READING).origins[args.key][1])
-
 
 @command("config unset", KEY, examples=("config unset backoff_base",))
 def config_unset(args: argparse.Namespace) -> None:
@@ -4981,7 +4726,6 @@ def config_unset(args: argparse.Namespace) -> None:
     with office(WRITING) as desk:
         desk.set_config(args.key, None)
         ring(desk.database)
-
 
 @command("config list", AS_JSON, examples=("config list",))
 def config_list(args: argparse.Namespace) -> None:
@@ -5001,7 +4745,6 @@ def config_list(args: argparse.Namespace) -> None:
     if not args.json:
         put_table(["Key", "Value", "Source", "Default", "Help"], rows, ["Default"])
 
-
 # -- the database
 
 @command("db init", examples=("db init",))
@@ -5009,12 +4752,10 @@ def db_init(args: argparse.Namespace) -> None:
     """Create the database and its tables, or upgrade older ones."""
     put(init_database(find_target(Environment.read())))
 
-
 @command("db schema", examples=("db schema | mysql -u root -p",))
 def db_schema(args: argparse.Namespace) -> None:
     """Print the schema, as migrations.sql has it."""
     put(schema_for(Environment.read().get("DB_NAME")).rstrip("\n"))
-
 
 @command("db start", examples=("db start",))
 def db_start(args: argparse.Namespace) -> None:
@@ -5029,7 +4770,6 @@ def db_start(args: argparse.Namespace) -> None:
     done = "started" if server.start() else "runs already"
     put(f"private server {done} in {folder}, PID {server.running()}")
     put(init_database(find_target(Environment.read())))
-
 
 @command("db stop", examples=("db stop",))
 def db_stop(args: argparse.Namespace) -> None:
@@ -5052,12 +4792,10 @@ GROUPS = (("jobs", ("enqueue", "list", "show", "logs", "cancel", "purge", "bench
           ("settings", ("config set", "config get", "config unset", "config list")),
           ("database", ("db init", "db schema", "db start", "db stop")))
 
-
 class Parser(argparse.ArgumentParser):
     """An argparse parser that raises Problems."""
     def error(self, message: str) -> NoReturn:
         raise Problem(message, f"see: {self.prog} --help", USAGE)
-
 
 def find_command(words: Sequence[str]) -> tuple[Command, list[str]]:
     """The command that `words` name, wherever its words stand, and the other words."""
@@ -5080,10 +4818,8 @@ def find_command(words: Sequence[str]) -> tuple[Command, list[str]]:
                       nearest(word, seconds) or f"{name} {'|'.join(seconds)}", USAGE)
     return COMMANDS[f"{name} {rest.pop(second)}"], rest
 
-
 def _first_plain(words: Sequence[str]) -> str:
     return next((word for word in words if not word.startswith("-")), "")
-
 
 def parser_of(found: Command) -> Parser:
     parser = Parser(
@@ -5095,7 +4831,6 @@ def parser_of(found: Command) -> Parser:
         parser.add_argument(*names, **options)  # type: ignore[arg-type]
     return parser
 
-
 def put_overview() -> None:
     """Every command in its group, one line each."""
     put("queuectl: a queue of shell commands, kept in MySQL")
@@ -5104,7 +4839,6 @@ def put_overview() -> None:
         for name in names:
             put(f"  {name:14} {COMMANDS[name].summary}")
     put("\nqueuectl help COMMAND says more about one; --version what runs here.")
-
 
 def run(argv: Sequence[str]) -> int:
     """Do what the command line says; the exit status."""
@@ -5129,7 +4863,6 @@ def run(argv: Sequence[str]) -> int:
     args.rest = rest
     return found.body(args) or 0
 
-
 def main() -> int:
     """Run, and turn what goes wrong into a message and an exit status."""
     try:
@@ -5148,7 +4881,6 @@ def main() -> int:
         # The reader has gone (list | head); Python must not meet that again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1621,12 +1621,14 @@ class ForgottenSessions(WorkCase):
     """A partition leaves a session behind whose locks would be kept for hours."""
 
     def test_a_session_that_the_server_takes_for_alive_stops_the_queue_for_seconds(
-            self) -> None:
+        self,
+    ) -> None:
         proxy = ForgettingProxy(self.server.socket)
         self.addCleanup(proxy.close)
         del self.environment["DB_SOCKET"]
-        self.environment.update(DB_HOST="127.0.0.1", DB_PORT=str(proxy.port),
-                                DB_SSL_MODE="disabled")
+        self.environment.update(
+            DB_HOST="127.0.0.1", DB_PORT=str(proxy.port), DB_SSL_MODE="disabled"
+        )
         self.put_many(12, "sleep 0.1; echo $QUEUECTL_JOB_ID >> ran")
         proxy.faults = ["", "", "", "lost"]
         drain = self.start("worker", "start", "--drain", "--count", "2")
@@ -1636,6 +1638,297 @@ class ForgottenSessions(WorkCase):
         ran = self.lines("ran")
         self.assertEqual((len(ran), len(set(ran))), (12, 12))
         self.assertEqual(self.counts(), {"completed": 12})
+
+
+class Doorbells(WorkCase):
+    """Idle workers are woken at once, by MySQL alone. Here the poll comes too late."""
+
+    slow_poll = {"QUEUECTL_POLL_INTERVAL": "60", "QUEUECTL_HEARTBEAT": "60"}
+
+    def bells(self) -> list[str]:
+        """The notes of the sleeps that are parked."""
+        rows = self.sql(
+            "SELECT info FROM information_schema.processlist "
+            "WHERE info LIKE 'SELECT SLEEP(%%) /* queuectl doorbell %%'"
+        )
+        return [str(row[0]) for row in rows]
+
+    def desk(self) -> queuectl.Database:
+        database = queuectl.Database(
+            queuectl.find_target(queuectl.Environment((("test", self.environment),))),
+            queuectl.WRITING,
+        )
+        self.addCleanup(database.close)
+        return database
+
+    def idle_worker(self, *argv: str) -> Background:
+        worker = self.worker(*argv, **self.slow_poll)
+        self.wait_until(self.bells, "it has parked")
+        return worker
+
+    def test_an_enqueue_wakes_an_idle_worker_long_before_its_poll(self) -> None:
+        self.idle_worker("--count", "2")
+        for _ in range(3):
+            self.wait_state(self.enqueue("true"), State.COMPLETED, 5)
+
+    def test_a_retry_of_a_dead_letter_and_a_cancellation_ring_too(self) -> None:
+        job_id = self.put("test -e again && sleep 60", state="dead")
+        self.sql("INSERT INTO dlq (seq, id) SELECT seq, id FROM jobs")
+        self.idle_worker("--count", "2")
+        open(self.path("again"), "w").close()
+        self.queuectl("dlq", "retry", job_id)
+        self.wait_state(job_id, State.PROCESSING, 5)
+        self.wait_until(self.bells, "it has parked again")
+        self.queuectl("cancel", job_id)
+        self.wait_state(job_id, State.CANCELLED, 5)
+
+    def test_a_full_process_leaves_the_ring_to_one_with_a_free_slot(self) -> None:
+        if (os.cpu_count() or 1) < 2:
+            self.skipTest("one CPU: one process")
+        self.idle_worker("--count", "2")
+        for _ in range(2):
+            self.wait_until(self.bells, "a slot is free")
+            job_id = self.enqueue("sleep 60")
+            self.wait_state(job_id, State.PROCESSING, 5)
+        rows = self.sql("SELECT COUNT(DISTINCT worker) FROM jobs")
+        self.assertEqual(rows, [(2,)])
+
+    def test_a_delayed_job_starts_when_it_is_due_without_a_poll(self) -> None:
+        self.idle_worker()
+        job_id = self.enqueue("true", delay="1s")
+        self.assert_state(job_id, State.SCHEDULED)
+        self.wait_state(job_id, State.COMPLETED, 5)
+        [(late,)] = self.sql(
+            "SELECT started_at >= next_run_at FROM jobs WHERE id = %s", job_id
+        )
+        self.assertEqual(late, 1)
+
+    def test_a_job_for_another_queue_wakes_nobody_here(self) -> None:
+        self.idle_worker("--queue", "etl")
+        queuectl.ring(self.desk(), 1, {"mail"})
+        self.assertTrue(self.bells())
+        queuectl.ring(self.desk(), 1, {"mail", "etl"})
+        self.wait_state(self.enqueue("true", queue="etl"), State.COMPLETED, 5)
+
+    def test_with_the_doorbell_off_nobody_parks_and_the_poll_finds_the_work(
+        self,
+    ) -> None:
+        self.queuectl("config", "set", "doorbell", "off")
+        self.worker()
+        self.wait_state(self.enqueue("true"), State.COMPLETED)
+        self.assertEqual(self.bells(), [])
+
+    def bell(self, rung: list[int]) -> queuectl.Doorbell:
+        """A doorbell that is parked, and says when it was rung."""
+        bell = queuectl.Doorbell(self.desk().target, "w -", lambda: rung.append(1))
+        bell.park()
+        self.addCleanup(bell._database.close)
+        return bell
+
+    def test_rings_wake_no_more_than_they_have_jobs_for_and_one(self) -> None:
+        rung: list[int] = []
+        for _ in range(5):
+            self.bell(rung)
+        self.wait_until(lambda: len(self.bells()) == 5, "all have parked")
+        queuectl.ring(self.desk(), 2)
+        self.wait_until(lambda: len(rung) == 3, "two were rung, and one more")
+        self.assertEqual(len(self.bells()), 2)
+        queuectl.ring(self.desk())
+        self.wait_until(lambda: len(rung) == 5, "all were rung")
+
+    def test_a_ring_hits_nothing_but_parked_sleeps(self) -> None:
+        """Busy connections, one of them in a sleep of its own, race with rings."""
+        rung: list[int] = []
+        bell = self.bell(rung)
+        until, broken = time.monotonic() + 2, []
+
+        def work(statement: str) -> None:
+            connection = pymysql.connect(
+                unix_socket=self.server.socket, user="root", database="queuectl"
+            )
+            with connection, connection.cursor() as cursor:
+                while time.monotonic() < until:
+                    try:
+                        cursor.execute(statement)
+                        if cursor.fetchone()[0]:  # type: ignore[index]
+                            broken.append("a sleep was cut short")
+                    except pymysql.MySQLError as error:
+                        broken.append(repr(error))
+
+        threads = [
+            threading.Thread(target=work, args=(statement,))
+            for statement in (
+                "SELECT SLEEP(0.01) /* a sleep of somebody else */",
+                "SELECT COUNT(*) * 0 FROM jobs /* queuectl doorbell */",
+                "SELECT 0",
+            )
+        ]
+        for thread in threads:
+            thread.start()
+        rings, database = 0, self.desk()
+        while time.monotonic() < until:
+            queuectl.ring(database)
+            rings += bell.park()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(broken, [])
+        self.assertGreater(rings, 20)
+
+
+class Scale(WorkCase):
+    """What keeps the claim short and the table small."""
+
+    def desk(self) -> queuectl.Desk:
+        environment = queuectl.Environment((("test", self.environment),))
+        database = queuectl.Database(
+            queuectl.find_target(environment), queuectl.WRITING
+        )
+        self.addCleanup(database.close)
+        me = queuectl.Identity("desk", "here", 0, 0, "", 100, ())
+        desk = queuectl.Desk(database, me, True)
+        desk.register()
+        return desk
+
+    def claim(self, desk: queuectl.Desk, free: int, look: bool = False) -> list[str]:
+        """The ids that a busy worker claims."""
+        turn = desk.turn(queuectl.Ask(running=[(0, "")], free=free, look=look))
+        return [job.held.id for job in turn.jobs]
+
+    def test_a_claim_goes_on_from_the_last_one_and_higher_priorities_come_first(
+        self,
+    ) -> None:
+        desk = self.desk()
+        for number in range(6):
+            self.put("true", id=f"plain-{number}")
+        self.assertEqual(self.claim(desk, 2), ["plain-0", "plain-1"])
+        self.put("true", id="urgent", priority=5)
+        self.put("true", id="low", priority=-5)
+        self.assertEqual(self.claim(desk, 2), ["urgent", "plain-2"])
+        self.assertEqual(self.claim(desk, 9), ["plain-3", "plain-4", "plain-5", "low"])
+
+    def test_a_job_that_came_back_behind_the_last_claim_is_found_by_a_look(
+        self,
+    ) -> None:
+        desk = self.desk()
+        early = self.put("true", state="failed", next_run_at="9999-01-01")
+        late = self.put("true")
+        self.assertEqual(self.claim(desk, 5), [late])
+        self.sql("UPDATE jobs SET state = 'pending' WHERE id = %s", early)
+        self.put("true", id="next")
+        self.assertEqual(self.claim(desk, 1), ["next"])
+        self.assertEqual(self.claim(desk, 1, look=True), [early])
+
+    def test_what_ended_long_ago_goes_and_takes_its_history_along(self) -> None:
+        ago = "2026-01-01 00:00:00"
+        for state in ("completed", "cancelled", "dead", "pending"):
+            self.put(
+                "true",
+                id=state,
+                state=state,
+                queue="idle",
+                next_run_at=ago,
+                finished_at=ago,
+            )
+        self.sql("INSERT INTO runs (job, run, attempt) SELECT seq, 1, 1 FROM jobs")
+        self.worker(
+            "--queue",
+            "other",
+            QUEUECTL_RETAIN_COMPLETED="1h",
+            QUEUECTL_RETAIN_CANCELLED="0",
+        )
+        self.wait_until(lambda: self.state("completed") == "absent", "it is purged")
+        self.assertEqual(
+            self.sql("SELECT id FROM jobs ORDER BY id"),
+            [("cancelled",), ("dead",), ("pending",)],
+        )
+        self.assertEqual(self.sql("SELECT COUNT(*) FROM runs"), [(3,)])
+
+    def test_purge_takes_what_ended_before_a_time_and_says_how_many(self) -> None:
+        ago = "2026-01-01 00:00:00"
+        for number in range(3):
+            self.put(
+                "true",
+                id=f"old-{number}",
+                state="dead",
+                finished_at=ago,
+                next_run_at=ago,
+            )
+        self.put_many(1200, "true", state="dead", finished_at=ago, next_run_at=ago)
+        self.put("true", id="new", state="dead", finished_at="2999-01-01 00:00:00")
+        self.sql("INSERT INTO dlq (seq, id) SELECT seq, id FROM jobs")
+        parent = self.sql("SELECT seq FROM jobs WHERE id = 'old-0'")[0][0]
+        self.put("true", id="child", state="blocked")
+        child = self.sql("SELECT seq FROM jobs WHERE id = 'child'")[0][0]
+        self.sql(
+            "INSERT INTO dependencies (parent, child) VALUES (%s, %s)", parent, child
+        )
+        purge = ("purge", "--state", "dead", "--before")
+        self.assertEqual(
+            self.queuectl(*purge, "1d", "--dry-run"),
+            "1,202 dead jobs would be purged\n",
+        )
+        self.assertEqual(
+            self.queuectl(*purge, "2026-02-01T00:00:00Z"), "1,202 dead jobs purged\n"
+        )
+        self.assertEqual(self.queuectl(*purge, "0"), "0 dead jobs purged\n")
+        self.assertEqual(
+            self.sql("SELECT id FROM dlq ORDER BY id"), [("new",), ("old-0",)]
+        )
+
+    def test_purge_refuses_what_has_not_ended_and_times_it_cannot_read(self) -> None:
+        for argv in (
+            ["--state", "pending"],
+            ["--state", "dead", "--before", "soon"],
+            ["--state", "dead", "--before", "2026-02-01"],
+            [],
+        ):
+            self.queuectl("purge", *argv, status=2)
+
+    def test_thousands_of_lines_keep_their_order_and_are_all_or_none(self) -> None:
+        lines = "".join(f"echo {number}\n" for number in range(3500))
+        self.queuectl("enqueue", "--lines", "-", "-q", stdin=lines.encode())
+        rows = self.sql("SELECT command FROM jobs ORDER BY seq")
+        self.assertEqual([str(row[0]) for row in rows], lines.splitlines())
+        jobs = [json.dumps({"command": "true", "id": f"n{one}"}) for one in range(2500)]
+        jobs.append(json.dumps({"command": "true", "id": "n7", "priority": 1}))
+        self.queuectl("enqueue", "-f", "-", stdin="\n".join(jobs).encode(), status=1)
+        self.assertEqual(self.sql("SELECT COUNT(*) FROM jobs"), [(3500,)])
+
+    def test_jobs_of_one_input_may_name_different_keys(self) -> None:
+        jobs = [
+            {"id": "a", "command": "true", "priority": 3, "delay": "1h"},
+            {"id": "b", "command": "true", "queue": "etl"},
+            {"id": "c", "command": "true", "run_at": "2999-01-01T00:00:00Z"},
+        ]
+        self.queuectl("enqueue", json.dumps(jobs))
+        rows = self.sql(
+            "SELECT id, state, queue, priority, next_run_at > "
+            "UTC_TIMESTAMP() + INTERVAL 59 MINUTE FROM jobs ORDER BY seq"
+        )
+        self.assertEqual(
+            rows,
+            [
+                ("a", "scheduled", "default", 3, 1),
+                ("b", "pending", "etl", 0, 0),
+                ("c", "scheduled", "default", 0, 1),
+            ],
+        )
+
+    def test_bench_prints_its_figures_and_leaves_nothing(self) -> None:
+        kept = self.put("true", queue="mine")
+        figures = json.loads(
+            self.queuectl("bench", "--jobs", "20", "--count", "2", "--json")
+        )
+        for name in ("enqueue_per_s", "drain_per_s", "xargs_per_s", "pick_up_p50_ms"):
+            self.assertGreater(figures[name], 0, name)
+        self.assertEqual((figures["jobs"], figures["count"]), (20, 2))
+        self.assertEqual(self.sql("SELECT id FROM jobs"), [(kept,)])
+        self.assertEqual(self.sql("SELECT COUNT(*) FROM runs"), [(0,)])
+
+    def test_bench_refuses_where_workers_would_take_its_jobs(self) -> None:
+        self.worker()
+        self.queuectl("bench", "--jobs", "20", status=1)
+        self.assertIn("workers serve all queues", self.errors)
 
 
 class Running(WorkCase):
