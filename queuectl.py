@@ -1205,6 +1205,9 @@ def check_schema(row: Row | None, database: str) -> None:
         raise Problem(f"{tables}, older than this program needs ({SCHEMA_VERSION})",
                       "run: queuectl db init", UNAVAILABLE)
 
+def placeholders(values: Collection[object]) -> str:
+    return ", ".join(["%s"] * len(values))
+
 def insertions(cursor: Cursor, packet_bytes: int, head: str,
                rows: Iterable[tuple[str, Values]], tail: str = "") -> Iterator[str]:
     """INSERTs of `rows`, each (template, values), of a quarter packet at most."""
@@ -1276,6 +1279,7 @@ def _single(cursor: Cursor) -> object:
 # before the first INSERT: a bad line refuses the whole input, and a pipe cannot be
 # read again. The id is made before the INSERT, so that a repeat is recognised.
 
+STAGED, STAGED_FROM, RELEASED_AT_ONCE = "staged ", 200_000, 2000
 COMMAND_BYTES_MAX = 131000  # the kernel takes 131,071 bytes in one argument
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]*")
 NAMED = "letters, digits and ._:@+-, the first a letter or digit"
@@ -1425,16 +1429,21 @@ class Spool:
         self.queues.add(str(values.get("queue", "default")))
         self._count += 1
 
-    def rows(self, batch: str) -> Iterator[tuple[str, list[object]]]:
-        """The VALUES template of each job, DEFAULT where it says nothing; values."""
+    def rows(self, batch: str, staged: Mapping[str, str]) -> \
+            Iterator[tuple[str, list[object]]]:
+        """The VALUES template of each job, DEFAULT where it says nothing; values.
+
+        What would be pending gets what `staged` says.
+        """
         templates: dict[tuple[str, ...], tuple[str, list[int]]] = {}
         for shape, values in self._read():
             if shape not in templates:
                 said = {COLUMN_OF.get(name, name): name for name in shape}
+                literal = {} if "state" in said else staged
+                columns = list(dict.fromkeys([*self.columns, *staged]))
                 parts = [EXPRESSIONS.get(said[column], "%s") if column in said
-                         else "DEFAULT" for column in self.columns]
-                order = [shape.index(said[column]) for column in self.columns
-                         if column in said]
+                         else literal.get(column, "DEFAULT") for column in columns]
+                order = [shape.index(said[one]) for one in columns if one in said]
                 templates[shape] = f"({', '.join(parts)}, '{batch}')", order
             template, order = templates[shape]
             yield template, [values[at] for at in order]
@@ -1490,13 +1499,21 @@ def ahead(items: Iterator[str]) -> Iterator[str]:
 def enqueue(database: Database, spool: Spool, if_absent: bool) -> None:
     """Commit all jobs of the spool, or none; `if_absent` passes over ids in use."""
     batch = secrets.token_hex(8)
-    head = f"INSERT INTO jobs ({', '.join(spool.columns)}, batch) VALUES"
+    staged: dict[str, str] = {}
+    moment = f"9000-01-01 00:00:00.{int(batch, 16) % 10**6:06}"
+    if len(spool) > STAGED_FROM:
+        staged = {"state": f"'{State.BLOCKED}'", "next_run_at": f"'{moment}'"}
+    columns = ", ".join(dict.fromkeys([*spool.columns, *staged]))
+    head = f"INSERT INTO jobs ({columns}, batch) VALUES"
     tail = "ON DUPLICATE KEY UPDATE seq = jobs.seq" if if_absent else ""
-
     def work(cursor: Cursor) -> bool:
-        made = insertions(cursor, database.packet_bytes, head, spool.rows(batch), tail)
+        rows = spool.rows(batch, staged)
+        made = insertions(cursor, database.packet_bytes, head, rows, tail)
         for one in ahead(made) if len(spool) > 1000 else made:
             cursor.execute(one)
+        if staged:
+            cursor.execute("INSERT INTO config (`key`, value) VALUES (%s, %s)",
+                           (STAGED + batch, moment))
         return True
     def verify(cursor: Cursor) -> bool | None:
         cursor.execute("SELECT seq FROM jobs WHERE id = %s AND batch = %s FOR UPDATE",
@@ -1512,6 +1529,27 @@ def enqueue(database: Database, spool: Spool, if_absent: bool) -> None:
         raise
     except RowRefused as refused:
         raise _explain_refusal(database, refused) from None
+    with contextlib.suppress(Problem):  # it is accepted: else the workers do the rest
+        released = len(staged)
+        while released:
+            released = database.transact(
+                lambda cursor: release_staged(cursor, STAGED + batch, moment))
+
+def release_staged(cursor: Cursor, key: str, moment: str) -> int:
+    """Make some jobs of a staged batch pending; how many, 0 once it is done with.
+
+    A huge enqueue would lie in the claims' way for as long as it is not committed. So
+    its rows are blocked, where no claim comes by, and one config row tells of them.
+    """
+    blocked = "FROM jobs FORCE INDEX (jobs_due) WHERE state = 'blocked' AND next_run_at"
+    seqs = cursor.rows(int, f"SELECT seq {blocked} = %s ORDER BY seq "
+                       f"LIMIT {RELEASED_AT_ONCE} FOR UPDATE", moment)
+    if seqs:
+        return cursor.execute(
+            "UPDATE jobs FORCE INDEX (PRIMARY) SET state = 'pending', next_run_at = "
+            "created_at WHERE state = 'blocked' AND seq IN "
+            f"({placeholders(seqs)})", seqs)
+    return 0 * cursor.execute("DELETE FROM config WHERE `key` = %s", (key,))
 
 def _explain_refusal(database: Database, refused: RowRefused) -> Problem:
     taken = re.search(r"Duplicate entry '(.*)' for key", refused.text)
@@ -1537,7 +1575,7 @@ def _explain_refusal(database: Database, refused: RowRefused) -> Problem:
 HISTORY_KEPT = 20
 PURGED_AT_ONCE, PURGE_PAUSE_S = 500, 600.0
 PROMOTED_AT_ONCE = 500
-NEIGHBOURS_PROMOTION_S = 0.05
+NEIGHBOURS_PROMOTION_S, SLOW_CLAIM_S = 0.05, 0.02
 DETAIL_MAX, LAST_LINE_MAX = 1024, 255
 Ended = Tuple[Held, End]
 
@@ -1584,6 +1622,10 @@ class Look:
     forgotten: list[str]  # workers lost a day ago
     drained: bool = False
 
+    @property
+    def staged(self) -> list[str]:
+        return [key for key in self.config if key.startswith(STAGED)]
+
 class Change(NamedTuple):
     """One ended run and what it makes of its job: a row of the plan."""
     held: Held
@@ -1614,9 +1656,6 @@ class Identity:
     process: str  # boot, PID namespace and start time: see process_identity
     slots: int
     queues: tuple[str, ...]  # none: all
-
-def placeholders(values: Collection[object]) -> str:
-    return ", ".join(["%s"] * len(values))
 
 class Desk:
     """A worker's dealings with the queue."""
@@ -1660,7 +1699,7 @@ class Desk:
 
     def _work(self, ask: Ask, look: Look | None) -> Turn:
         """One transaction; a beat alone is one statement, and often not even due."""
-        if not look or ask.ended or ask.flushes or look.due_s <= 0 \
+        if not look or ask.ended or ask.flushes or look.due_s <= 0 or look.staged \
                 or (ask.free and look.waiting):
             return self.database.transact(lambda cursor: self._turn(cursor, ask, look),
                                           self._look_back)
@@ -1688,6 +1727,9 @@ class Desk:
                      if change.to is State.FAILED), default=math.inf)
         if look:
             due_s = min(due_s, look.due_s if look.due_s > 0 else self._promote(cursor))
+            for key in look.staged:
+                release_staged(cursor, key, look.config[key])
+                due_s = 0.0
         if ask.free:
             self._claim(cursor, ask)
         if self._marked:
@@ -1877,7 +1919,7 @@ class Desk:
         if not self._queues:
             return
         self._queues.append(self._queues.pop(0))
-        if ask.look or not ask.running:
+        if ask.look or not (ask.running or ask.ended):
             self._reached.clear()
         share, idle = -(-ask.free // len(self._queues)), not ask.running
         for at_most in sorted({share, ask.free}):  # to each its share, then the rest
@@ -1894,21 +1936,25 @@ class Desk:
         """
         if not self.database.skip_locked(cursor) or not self._use_skip_locked:
             return self._take_by_update(cursor, name, wanted, idle)
-        # Start where the last claim ended: under a long snapshot (a mysqldump) the
-        # entries of claimed rows stay in the index, and each would be walked over.
+        # Under a long snapshot (a mysqldump) the index keeps the entries of claimed
+        # rows, and a claim walks over them all. Then start where the last one ended,
+        # until the next look; that finds what has a higher priority, too.
         reached, only = self._reached.get(name), ""
         if reached:
             order, seq = reached
-            only = (f"AND (claim_order < {order} OR claim_order > {order} "
-                    f"OR (claim_order = {order} AND seq > {seq}))")
+            later = f"claim_order = {order} AND seq > {seq}"
+            only = f"AND (claim_order > {order} OR ({later}))"
+        started = time.monotonic()
         cursor.execute(
             "SELECT seq, losses, claim_order FROM jobs FORCE INDEX (jobs_claim) "
             f"WHERE state = 'pending' AND queue = %s {only} "
             "ORDER BY claim_order, seq LIMIT %s FOR UPDATE SKIP LOCKED", (name, wanted))
+        slow = bool(reached) or time.monotonic() - started > SLOW_CLAIM_S
         seqs: list[int] = []
         alone = False
         for seq, losses, order in cursor.fetchall():
-            self._reached[name] = (order, seq)
+            if slow:
+                self._reached[name] = (order, seq)
             alone = losses >= ALONE_AFTER_LOSSES
             if not alone or (idle and not seqs and not self._marked):
                 seqs.append(seq)
@@ -4655,7 +4701,10 @@ def purge_jobs(args: argparse.Namespace) -> None:
         help="jobs at once (default 64 for each CPU)"),
     AS_JSON, examples=("bench", "bench --jobs 5000 --count 128 --json"))
 def bench(args: argparse.Namespace) -> None:
-    """Measure what this MySQL and this host carry; takes a minute and cleans up."""
+    """Measure what this MySQL and this host carry.
+
+    It takes a minute, in a queue of its own that is gone afterwards.
+    """
     with office(WRITING) as desk:
         count = args.count or 64 * (os.cpu_count() or 1)
         figures = Bench(desk, count, args.jobs).run()

@@ -31,6 +31,7 @@ import termios
 import threading
 import time
 import unittest
+import unittest.mock
 from typing import Callable, Mapping, Sequence
 
 import pymysql
@@ -1794,29 +1795,29 @@ class Scale(WorkCase):
         turn = desk.turn(queuectl.Ask(running=[(0, "")], free=free, look=look))
         return [job.held.id for job in turn.jobs]
 
-    def test_a_claim_goes_on_from_the_last_one_and_higher_priorities_come_first(
-        self,
-    ) -> None:
+    def test_a_job_of_higher_priority_is_claimed_next(self) -> None:
         desk = self.desk()
-        for number in range(6):
+        for number in range(4):
             self.put("true", id=f"plain-{number}")
         self.assertEqual(self.claim(desk, 2), ["plain-0", "plain-1"])
         self.put("true", id="urgent", priority=5)
         self.put("true", id="low", priority=-5)
         self.assertEqual(self.claim(desk, 2), ["urgent", "plain-2"])
-        self.assertEqual(self.claim(desk, 9), ["plain-3", "plain-4", "plain-5", "low"])
+        self.assertEqual(self.claim(desk, 9), ["plain-3", "low"])
 
-    def test_a_job_that_came_back_behind_the_last_claim_is_found_by_a_look(
+    def test_where_claims_are_slow_they_go_on_from_the_last_until_the_next_look(
         self,
     ) -> None:
         desk = self.desk()
-        early = self.put("true", state="failed", next_run_at="9999-01-01")
-        late = self.put("true")
-        self.assertEqual(self.claim(desk, 5), [late])
-        self.sql("UPDATE jobs SET state = 'pending' WHERE id = %s", early)
-        self.put("true", id="next")
-        self.assertEqual(self.claim(desk, 1), ["next"])
-        self.assertEqual(self.claim(desk, 1, look=True), [early])
+        with unittest.mock.patch.object(queuectl, "SLOW_CLAIM_S", -1):
+            early = self.put("true", state="failed", next_run_at="9999-01-01")
+            for name in ("first", "second", "third"):
+                self.put("true", id=name)
+            self.assertEqual(self.claim(desk, 1), ["first"])
+            self.sql("UPDATE jobs SET state = 'pending' WHERE id = %s", early)
+            self.put("true", id="urgent", priority=5)
+            self.assertEqual(self.claim(desk, 1), ["second"])
+            self.assertEqual(self.claim(desk, 9, look=True), ["urgent", early, "third"])
 
     def test_what_ended_long_ago_goes_and_takes_its_history_along(self) -> None:
         ago = "2026-01-01 00:00:00"
@@ -1893,6 +1894,50 @@ class Scale(WorkCase):
         jobs.append(json.dumps({"command": "true", "id": "n7", "priority": 1}))
         self.queuectl("enqueue", "-f", "-", stdin="\n".join(jobs).encode(), status=1)
         self.assertEqual(self.sql("SELECT COUNT(*) FROM jobs"), [(3500,)])
+
+    def spool(self, count: int, **keys: object) -> queuectl.Spool:
+        spool = queuectl.Spool()
+        for number in range(count):
+            job = {"id": f"{number:04}", "command": "true", **keys}
+            spool.add(queuectl.check_job(job, {}))
+        return spool
+
+    def test_a_huge_enqueue_is_out_of_the_claims_way_until_its_commit(self) -> None:
+        database = self.desk().database
+        seen = set()
+
+        def look(cursor: object, key: str, moment: str) -> int:
+            seen.update(self.sql("SELECT state, COUNT(*) FROM jobs GROUP BY state"))
+            return released(cursor, key, moment)
+
+        released = queuectl.release_staged
+        with unittest.mock.patch.multiple(
+            queuectl, STAGED_FROM=1000, RELEASED_AT_ONCE=900, release_staged=look
+        ):
+            queuectl.enqueue(database, self.spool(2000), False)
+        self.assertIn(("blocked", 2000), seen)
+        self.assertEqual(
+            self.sql(
+                "SELECT state, COUNT(*) FROM jobs "
+                "WHERE next_run_at = created_at GROUP BY state"
+            ),
+            [("pending", 2000)],
+        )
+        self.assertEqual(self.sql("SELECT COUNT(*) FROM config"), [(1,)])
+
+    def test_workers_release_what_a_dead_enqueuer_left_staged(self) -> None:
+        database = self.desk().database
+        with unittest.mock.patch.multiple(
+            queuectl, STAGED_FROM=20, release_staged=lambda *_: 0
+        ):
+            queuectl.enqueue(database, self.spool(40), False)
+        self.assertEqual(self.sql("SELECT COUNT(*) FROM config"), [(2,)])
+        self.drain("--count", "4")
+        self.assertEqual(
+            self.sql("SELECT state, COUNT(*) FROM jobs GROUP BY state"),
+            [("completed", 40)],
+        )
+        self.assertEqual(self.sql("SELECT COUNT(*) FROM config"), [(1,)])
 
     def test_jobs_of_one_input_may_name_different_keys(self) -> None:
         jobs = [
