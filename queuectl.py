@@ -2634,7 +2634,8 @@ class Launchpad:
             self._score = os.open("/proc/self/oom_score_adj", os.O_RDWR)
             own = int(os.read(self._score, 16))
             self._scores = b"%d" % own, b"%d" % min(own + OOM_SCORE_ADJ, 1000)
-        for name in os.listdir("/dev/fd"):  # jobs inherit none of what we were given
+        names = os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else range(3, 64)
+        for name in names:  # jobs inherit none of what we were given
             with contextlib.suppress(OSError):
                 os.set_inheritable(int(name), int(name) < 3)
 
@@ -4440,8 +4441,10 @@ def worker_start(args: argparse.Namespace) -> int:
     configured = configured_by(environment, WRITING)
     for complaint in [*configured.complaints, *_readable_dotenv(environment)]:
         _whisper(f"warning: {complaint}")
-    if target.socket:  # a job's directory is ours too, for a moment
-        target = dataclasses.replace(target, socket=os.path.abspath(target.socket))
+    # Absolute paths: a job's directory is its worker's too, for a moment.
+    target = dataclasses.replace(
+        target, socket=target.socket and os.path.abspath(target.socket),
+        ssl_ca=target.ssl_ca and os.path.abspath(target.ssl_ca))
     crew = Crew(target, environment, configured.settings, queues, args.drain,
                 args.grace, sys.stderr.isatty(), Log().say)
     pid_file = args.pid_file or (_pid_file(environment) if args.daemon else "")
