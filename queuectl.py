@@ -897,6 +897,8 @@ class Database:
         """Try once to do what may as well fail; None if it did."""
         try:
             return work(self._cursor())
+        except Problem:
+            return None
         except _Driver().MySQLError as error:
             if diagnose(error)[0] is not Trouble.BUG:
                 self.close()
@@ -1297,7 +1299,7 @@ def _read_time(text: str) -> str:
     moment = datetime.datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", text))
     if moment.tzinfo is None:
         here = moment.astimezone().isoformat()
-        raise Problem(f"run_at: {excerpt(text)} has no time zone",
+        raise Problem(f"the time {excerpt(text)} has no time zone",
                       f"say {text}Z for UTC, or {here} for this host's time", USAGE)
     return moment.astimezone(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f")
 
@@ -2451,7 +2453,8 @@ class Office:
                               f"job {job_id} is {state}: nothing to cancel")
             cursor.execute(
                 "UPDATE jobs FORCE INDEX (PRIMARY) "
-                "SET state = %s, reason = %s, finished_at = UTC_TIMESTAMP(6) "
+                "SET state = %s, reason = %s, finished_at = UTC_TIMESTAMP(6), "
+                "next_run_at = LEAST(next_run_at, UTC_TIMESTAMP(6)) "
                 "WHERE seq = %s AND state = %s",
                 (MOVES["cancel"].to, Reason.CANCELLED, seq, state))
             return Result(job_id, True, MOVES["cancel"].to, None, "is cancelled")
@@ -2541,6 +2544,7 @@ def read_config(database: Database) -> dict[str, str]:
 
 DOORBELL = "queuectl doorbell"
 PARKED_S = 10  # a sleep outlives its killed client by as much
+PARKED = re.compile(rf"SELECT SLEEP\({PARKED_S}\) /\* {DOORBELL} (\S+) (\S+) \*/")
 
 def ring(database: Database, count: int = sys.maxsize, queues: Collection[str] = (),
          worker: str = "") -> None:
@@ -2555,10 +2559,11 @@ def ring(database: Database, count: int = sys.maxsize, queues: Collection[str] =
                        (f"SELECT SLEEP(%) /* {DOORBELL} %",))
         found = []
         for number, text in cursor.fetchall():
-            *_, parker, served, _ = text.split()
-            serves = served == "-" or not queues or {*served.split(",")} & {*queues}
-            if serves and worker in ("", parker):
-                found.append(number)
+            match = PARKED.fullmatch(text)  # what is merely like ours is left alone
+            if match and worker in ("", match[1]):
+                served = {*match[2].split(",")}
+                if served == {"-"} or not queues or served & {*queues}:
+                    found.append(number)
         return found
     found = database.attempt(parked) or []
     random.shuffle(found)
@@ -2582,11 +2587,16 @@ class Doorbell:
         self._wanted.set()
         return True
 
+    def leave(self) -> None:
+        """Let the sleep that is parked be the last."""
+        self._wanted.clear()
+
     def _wait(self) -> None:
-        while self._wanted.wait():
-            if self._database.sleep(PARKED_S, self._note):
-                self._wanted.clear()
-                self._rung()
+        with contextlib.suppress(Problem):  # the worker meets it too, and says so
+            while self._wanted.wait():
+                if self._database.sleep(PARKED_S, self._note):
+                    self._wanted.clear()
+                    self._rung()
 
 
 # ---- runner ------------------------------------------------------------------
@@ -2628,7 +2638,7 @@ class Launchpad:
     def __init__(self, variables: Mapping[bytes, bytes]) -> None:
         self._environment = job_environment(variables)
         self._null = os.open(os.devnull, os.O_RDONLY)
-        self._home = os.open(".", os.O_RDONLY) if os.path.isdir(".") else -1
+        self._home = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))
         self._score, self._scores = -1, (b"0", b"0")
         with contextlib.suppress(OSError, ValueError):  # not Linux
             self._score = os.open("/proc/self/oom_score_adj", os.O_RDWR)
@@ -2647,8 +2657,7 @@ class Launchpad:
         that costs less than any other way, and lets posix_spawn do it, which in Python
         3.9 is twice as fast as Popen.
         """
-        if cwd:
-            os.chdir(cwd)
+        os.chdir(cwd or self._home)
         try:
             self._rate(1)
             return os.posix_spawn(
@@ -2657,11 +2666,12 @@ class Launchpad:
                 file_actions=[(os.POSIX_SPAWN_DUP2, self._null, 0),
                               (os.POSIX_SPAWN_DUP2, output, 1),
                               (os.POSIX_SPAWN_DUP2, output, 2)],
-                setsid=True, setsigmask=())
+                # Python ignores SIGXFSZ; what has a handler is reset by itself.
+                setsid=True, setsigmask=(), setsigdef=(signal.SIGXFSZ,))
         finally:
             self._rate(0)
-            if cwd and self._home >= 0:
-                os.fchdir(self._home)
+            with contextlib.suppress(OSError):  # the next spawn would tell
+                os.chdir(self._home)
 
     def _rate(self, which: int) -> None:
         if self._score >= 0:
@@ -3310,8 +3320,11 @@ class Worker:
 
     def _park(self) -> None:
         """Let whoever has work find this supervisor, while it has a free slot."""
-        if self.post.number or self.stopping or self.settings.doorbell != "on" \
-                or not self.post.neighbours.idle():
+        if self.post.number or self.stopping:
+            return
+        if self.settings.doorbell != "on" or not self.post.neighbours.idle():
+            if self._doorbell:
+                self._doorbell.leave()
             return
         if not self._doorbell:
             note = f"{self._desk.me.id} {','.join(self.crew.queues) or '-'}"
@@ -3474,6 +3487,7 @@ class Worker:
     def _end_all(self, cause: Reason) -> None:
         for process in self.processes.values():
             process.end(cause)
+            process.hurry(time.monotonic())
 
     def _finished(self) -> bool:
         if not self.stopping:
@@ -4134,7 +4148,7 @@ def put_table(titles: Sequence[str], rows: Iterable[Sequence[object]],
 # afterwards. Medians of ROUNDS rounds, after one that does not count; each drain stands
 # beside xargs, a bare loop of the same spawns.
 
-ROUNDS, PICK_UPS, IDLE_S = 3, 40, 6.0
+ROUNDS, PICK_UPS, PICK_UP_S, IDLE_S = 3, 40, 30.0, 6.0
 
 class Bench:
     """One run of the benchmark, in the queue `name`."""
@@ -4145,6 +4159,11 @@ class Bench:
 
     def run(self) -> dict[str, Json]:
         """The figures; Problem where other workers would take the jobs."""
+        import shutil
+
+        if not shutil.which("xargs"):
+            raise Problem("xargs is not here, and the drain is to stand beside it",
+                          "install findutils")
         if any(not worker["queues"] for worker in self.desk.workers()):
             raise Problem("workers serve all queues: they would take the bench's jobs",
                           "stop them first: queuectl worker stop")
@@ -4152,7 +4171,7 @@ class Bench:
             rounds = [self._round() for _ in range(ROUNDS + 1)][1:]
             enqueued, drained, bare = map(median, zip(*rounds))
             command = median([self._timed(lambda: self._queuectl(
-                "enqueue", "-q", "-c", "true").wait()) for _ in range(5)])
+                "enqueue", "-q", "-c", "true")) for _ in range(5)])
             return {"server": self.desk.database.version, "cpus": os.cpu_count() or 1,
                     "count": self.count, "jobs": self.jobs,
                     "enqueue_per_s": round(enqueued), "drain_per_s": round(drained),
@@ -4173,7 +4192,7 @@ class Bench:
         return (self.jobs / self._timed(
                     lambda: enqueue(self.desk.database, spool, False)),
                 self.jobs / self._timed(lambda: self._queuectl(
-                    "worker", "start", "--count", str(self.count), "--drain").wait()),
+                    "worker", "start", "--count", str(self.count), "--drain")),
                 self.jobs / self._timed(lambda: subprocess.run(
                     ["xargs", "-P", cpus, "-I{}", "sh", "-c", "{}"], input=lines,
                     check=True)))
@@ -4181,7 +4200,7 @@ class Bench:
     def _one_by_one(self) -> dict[str, Json]:
         """How soon single jobs start on an idle queue, and what idling costs."""
         with tempfile.TemporaryDirectory() as folder:
-            worker = self._queuectl("worker", "start")
+            worker = self._start("worker", "start")
             try:
                 waits = sorted(self._pick_ups(os.path.join(folder, "fifo")))
                 before = self._used()
@@ -4207,6 +4226,9 @@ class Bench:
                 enqueue(self.desk.database, spool, False)
                 committed = time.monotonic()
                 ring(self.desk.database, 1, spool.queues)
+                if not select.select([told], [], [], PICK_UP_S)[0]:
+                    raise Problem(f"no job started within {say_duration(PICK_UP_S)}",
+                                  "see why: queuectl worker start")
                 told.read(1)
                 if number:  # the first one waited for the worker's start
                     yield time.monotonic() - committed
@@ -4220,7 +4242,12 @@ class Bench:
                               for worker in self.desk.workers()
                               if worker["queues"] == [self.name])
 
-    def _queuectl(self, *argv: str) -> subprocess.Popen[bytes]:
+    def _queuectl(self, *argv: str) -> None:
+        if status := self._start(*argv).wait():
+            raise Problem(f"queuectl {' '.join(argv)} ended with status {status}",
+                          "see why: run it by hand")
+
+    def _start(self, *argv: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, os.path.abspath(__file__), *argv, "--queue", self.name],
             stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -4666,6 +4693,13 @@ def cancel(args: argparse.Namespace) -> int:
     with office(WRITING) as desk:
         return report(desk, map(desk.cancel, args.ids), args.json)
 
+def _read_age(text: str) -> str:
+    with contextlib.suppress(ValueError):
+        return f"UTC_TIMESTAMP(6) - INTERVAL {duration().convert(text)} SECOND"
+    return f"'{_read_time(text)}'"
+
+AGE = Kind(_read_age, "a duration such as 7d, or a time such as 2026-11-24T10:00:00Z")
+
 @command(
     "purge",
     arg("--state", required=True, metavar="S", help="completed, dead or cancelled"),
@@ -4683,17 +4717,13 @@ def purge_jobs(args: argparse.Namespace) -> None:
         raise Problem(f"--state: expected {', '.join(ended)}, "
                       f"not {excerpt(args.state)}",
                       "only what has ended can be purged", USAGE)
-    try:
-        age = f"UTC_TIMESTAMP(6) - INTERVAL {parse_duration(args.before)} SECOND"
-    except ValueError:
-        age = f"'{JOB_KEYS['run_at'].kind.read(args.before, '--before')}'"
+    state, before = State(args.state), AGE.read(args.before, "--before")
     with office(WRITING) as desk:
-        [age] = desk.database.rows("'{}'".format, f"SELECT {age}")  # stays as it is now
-        count = desk.count_where(ended_before(State(args.state), age))
-        if not args.dry_run:
-            count = 0
-            while batch := purge(desk.database, State(args.state), age):
-                count += batch
+        [age] = desk.database.rows("'{}'".format, f"SELECT {before}")  # as it is now
+        if args.dry_run:
+            count = desk.count_where(ended_before(state, age))
+        else:
+            count = sum(iter(lambda: purge(desk.database, state, age), 0))
     put(f"{count:,} {args.state} jobs {'would be ' * args.dry_run}purged")
 
 @command(
@@ -4709,7 +4739,7 @@ def bench(args: argparse.Namespace) -> None:
     It takes a minute, in a queue of its own that is gone afterwards.
     """
     with office(WRITING) as desk:
-        count = args.count or 64 * (os.cpu_count() or 1)
+        count = args.count or min(64 * (os.cpu_count() or 1), 1024)
         figures = Bench(desk, count, args.jobs).run()
     if args.json:
         put_json(figures)

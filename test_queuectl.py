@@ -1726,6 +1726,14 @@ class Doorbells(WorkCase):
         self.addCleanup(bell._database.close)
         return bell
 
+    def test_parking_ends_when_the_doorbell_is_switched_off(self) -> None:
+        rung: list[int] = []
+        bell = self.bell(rung)
+        self.wait_until(self.bells, "it has parked")
+        bell.leave()
+        self.wait_until(lambda: not self.bells(), "the last sleep has ended")
+        self.assertEqual(rung, [])
+
     def test_rings_wake_no_more_than_they_have_jobs_for_and_one(self) -> None:
         rung: list[int] = []
         for _ in range(5):
@@ -1759,7 +1767,7 @@ class Doorbells(WorkCase):
         threads = [
             threading.Thread(target=work, args=(statement,))
             for statement in (
-                "SELECT SLEEP(0.01) /* a sleep of somebody else */",
+                "SELECT SLEEP(0.01) /* queuectl doorbell w - */",
                 "SELECT COUNT(*) * 0 FROM jobs /* queuectl doorbell */",
                 "SELECT 0",
             )
@@ -1876,11 +1884,18 @@ class Scale(WorkCase):
             self.sql("SELECT id FROM dlq ORDER BY id"), [("new",), ("old-0",)]
         )
 
+    def test_a_cancelled_job_of_the_far_future_is_purged_too(self) -> None:
+        job_id = self.enqueue("true", run_at="2999-01-01T00:00:00Z")
+        self.queuectl("cancel", job_id)
+        purged = self.queuectl("purge", "--state", "cancelled")
+        self.assertEqual(purged, "1 cancelled jobs purged\n")
+
     def test_purge_refuses_what_has_not_ended_and_times_it_cannot_read(self) -> None:
         for argv in (
             ["--state", "pending"],
             ["--state", "dead", "--before", "soon"],
             ["--state", "dead", "--before", "2026-02-01"],
+            ["--state", "dead", "--before", "999999999999d"],
             [],
         ):
             self.queuectl("purge", *argv, status=2)
@@ -1897,6 +1912,7 @@ class Scale(WorkCase):
 
     def spool(self, count: int, **keys: object) -> queuectl.Spool:
         spool = queuectl.Spool()
+        self.addCleanup(spool._file.close)
         for number in range(count):
             job = {"id": f"{number:04}", "command": "true", **keys}
             spool.add(queuectl.check_job(job, {}))
