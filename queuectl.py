@@ -1298,9 +1298,9 @@ def _read_time(text: str) -> str:
     """UTC, as the database writes it, from ISO 8601 with a zone."""
     moment = datetime.datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", text))
     if moment.tzinfo is None:
-        here = moment.astimezone().isoformat()
+        utc, here = f"{moment.isoformat()}Z", moment.astimezone().isoformat()
         raise Problem(f"the time {excerpt(text)} has no time zone",
-                      f"say {text}Z for UTC, or {here} for this host's time", USAGE)
+                      f"say {utc} for UTC, or {here} for this host's time", USAGE)
     return moment.astimezone(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f")
 
 def _read_env(text: str) -> str:
@@ -2657,7 +2657,7 @@ class Launchpad:
         that costs less than any other way, and lets posix_spawn do it, which in Python
         3.9 is twice as fast as Popen.
         """
-        os.chdir(cwd or self._home)
+        os.chdir(os.fsdecode(cwd) if cwd else self._home)
         try:
             self._rate(1)
             return os.posix_spawn(
