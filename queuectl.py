@@ -21,6 +21,7 @@ The file reads downwards: a room uses only the rooms above it.
     supervisor   keeping workers alive: PID file, log, signals, restarts
     server       a private MySQL for a machine without one
     screen       tables, JSON, escapes
+    explain      why a job is where it is, in one sentence
     bench        measuring the queue
     commands     what a person can type
     main         one door in, one door out
@@ -477,10 +478,12 @@ MOVES = {
                    State.CANCELLED),
     "cancel, ended": Move({State.PROCESSING}, State.CANCELLED),
     "revive": Move({State.DEAD}, State.PENDING),
+    "retry": Move({State.FAILED, State.DEAD, State.CANCELLED}, State.PENDING),
 }
+ENDED = (State.COMPLETED, State.DEAD, State.CANCELLED)
 
 class Reason(str, enum.Enum):
-    """How a run ended."""
+    """How a run ended, or why there was none."""
     __str__ = str.__str__
     EXIT = "exit"            # by itself, with an exit status
     SIGNAL = "signal"        # by a signal that queuectl did not send
@@ -489,6 +492,7 @@ class Reason(str, enum.Enum):
     LOST = "lost"            # its worker was lost
     CANCELLED = "cancelled"  # a person cancelled it
     HANDED_BACK = "handed back"  # its worker was stopped before it ended
+    DEPENDENCY = "dependency"  # it never ran: what it waited for did not complete
 
 ALONE_AFTER_LOSSES = 2
 TIMEOUT_STATUS = 124  # as timeout(1)
@@ -504,11 +508,12 @@ class Held:
     allowed: int
     losses: int
     backoff_base: float
-    permanent_exit_codes: frozenset[int]
     on_lost: str
     cancel_requested: bool
+    has_children: bool
     worker: str
     started_at: object
+    permanent_exit_codes: frozenset[int]
 
     @property
     def alone(self) -> bool:
@@ -518,7 +523,7 @@ class Held:
 @dataclass(frozen=True)
 class End:
     """How a run ended, as its worker saw it."""
-    reason: Reason
+    reason: Reason | None  # None: it goes on
     exit_code: int | None = None
     detail: str = ""
     duration_s: float | None = None
@@ -728,10 +733,8 @@ def quote_name(name: str) -> str:
 class Trouble(enum.Enum):
     """What an error of the server or the connection asks of us."""
     REPEAT = "repeat the transaction"
-    RECONNECT = "the connection is gone"
-    READ_ONLY = "this server takes no writes now"
+    RECONNECT = "the server is gone, or takes nothing now"
     CROWDED = "the server has no connection to spare"
-    FULL = "the server is out of disk or memory"
     ROW = "this row cannot be stored"
     SETUP = "something is not set up"
     BUG = "ours"
@@ -742,10 +745,10 @@ CODES = {
     Trouble.REPEAT: {1205, 1213, 1020, 1180, 1969, 3024, 3101, 3572},
     Trouble.RECONNECT: {0, 2002, 2003, 2006, 2013, 2055, 1053, 1079, 1152, 1158, 1159,
                         1160, 1161, 1184, 1317, 1927, 4031,
-                        BINLOG_NEEDS_REPEATABLE_READ},
-    Trouble.READ_ONLY: {1290, 1792, 1836, 3032, 1047},
+                        BINLOG_NEEDS_REPEATABLE_READ,
+                        1290, 1792, 1836, 3032, 1047,  # no writes here now
+                        1021, 1114, 1037, 1038, 1041, 3675},  # out of disk or memory
     Trouble.CROWDED: {1040, 1203, 1226},
-    Trouble.FULL: {1021, 1114, 1037, 1038, 1041, 3675},
     Trouble.ROW: {1062, 1153, 1264, 1265, 1366, 1406, 3140, 3819, 4025},
     Trouble.SETUP: {1044, 1045, 1049, 1054, 1129, 1130, 1142, 1143, 1146, 1698, 1862,
                     2026, 2059, 3118, 3159},
@@ -1317,10 +1320,19 @@ def _read_env(text: str) -> str:
     return json.dumps(found, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 def _read_code_list(text: str) -> str:
-    return ",".join(str(code) for code in sorted(read_codes(text.strip("[]"))))
+    codes = read_codes(re.sub(r"^\[(.*)\]$", r"\1", text))
+    return ",".join(map(str, sorted(codes)))
+
+def _read_ids(text: str) -> list[str]:
+    ids = json.loads(text) if text.startswith("[") else [text]
+    return [JOB_ID.convert(one if isinstance(one, str) else "") for one in ids]
 
 QUEUE_NAME = _text(NAME, 64, f"1 to 64 {NAMED}")
 JOB_ID = _text(NAME, 128, f"1 to 128 {NAMED}")
+
+JOB_IDS = Kind(_read_ids, "a list of job ids", (list, str))
+COMMAND = _text(NOT_BLANK, COMMAND_BYTES_MAX,
+                f"a command of 1 to {COMMAND_BYTES_MAX} bytes of UTF-8 without NUL")
 
 class Key(NamedTuple):
     kind: Kind[object]
@@ -1329,10 +1341,7 @@ class Key(NamedTuple):
 
 JOB_KEYS = {
     "id": Key(JOB_ID, "its name; made when not given", "ID"),
-    "command": Key(
-        _text(NOT_BLANK, COMMAND_BYTES_MAX,
-              f"a command of 1 to {COMMAND_BYTES_MAX} bytes of UTF-8 without NUL"),
-        "what /bin/sh -c runs", "CMD"),
+    "command": Key(COMMAND, "what /bin/sh -c runs", "CMD"),
     "max_retries": Key(whole(0, 1000), "retries after the first run", "N"),
     "priority": Key(whole(-1000000, 1000000), "higher runs first", "N"),
     "queue": Key(QUEUE_NAME, "the line it waits in", "NAME"),
@@ -1350,10 +1359,18 @@ JOB_KEYS = {
         "exit codes after which it is not retried", "CODES"),
     "on_lost": Key(choice("retry", "dead"), "if its worker is lost: retry or dead",
                    "WHAT"),
+    "after": Key(JOB_IDS, "a job that must complete first (repeatable)", "ID"),
+    "after_any": Key(JOB_IDS, "a job that must end first (repeatable)", "ID"),
+    "unique": Key(_text(re.compile(r"\S(.*\S)?"), 128, "a key of 1 to 128 bytes"),
+                  "only if no job with this key lives", "KEY"),
+    "on_failure": Key(COMMAND, "a command to enqueue if it dies", "CMD"),
 }
 # How a key's value is written into the row; the others go in as they are.
 EXPRESSIONS = {"delay": "UTC_TIMESTAMP(6) + INTERVAL %s MICROSECOND"}
-COLUMN_OF = {"delay": "next_run_at", "run_at": "next_run_at"}
+COLUMN_OF = {"delay": "next_run_at", "run_at": "next_run_at", "unique": "unique_key"}
+TIMES = {"delay", "run_at"}
+NEEDS = {"after_any": "ended", "after": str(State.COMPLETED)}  # rows of another table
+REPEATABLE = {"env", *NEEDS}
 Job_Values = Mapping[str, object]
 
 def new_id() -> str:
@@ -1377,13 +1394,13 @@ def check_job(document: object, defaults: Job_Values) -> dict[str, object]:
 
 def complete_job(values: dict[str, object], defaults: Job_Values) -> dict[str, object]:
     """`values` with `defaults`, an id and an absolute directory."""
-    timed = COLUMN_OF.keys() & values.keys()
+    timed = TIMES & values.keys()
     for name, value in defaults.items():
-        if not (timed and name in COLUMN_OF):
+        if not (timed and name in TIMES):
             values.setdefault(name, value)
     if "command" not in values:
         raise Problem("command: missing", 'say {"command": "…"}', USAGE)
-    if COLUMN_OF.keys() <= values.keys():
+    if values.keys() >= TIMES:
         raise Problem("delay and run_at: give only one", status=USAGE)
     values.setdefault("id", new_id())
     if "cwd" in values:
@@ -1392,8 +1409,10 @@ def complete_job(values: dict[str, object], defaults: Job_Values) -> dict[str, o
         values["delay"] = round(float(str(values["delay"])) * 1e6)
         if not values["delay"]:
             del values["delay"]
-    if COLUMN_OF.keys() & values.keys():
+    if TIMES & values.keys():
         values["state"] = State.SCHEDULED
+    if any(map(values.get, NEEDS)):
+        values["state"] = State.BLOCKED
     return values
 
 class Spool:
@@ -1403,7 +1422,7 @@ class Spool:
         self._count = 0
         self._shapes: dict[tuple[str, ...], int] = {}  # which keys a job names
         self.columns: list[str] = []
-        self.first_id = ""
+        self.first_id, self.linked = "", False  # linked: some wait for others
         self.queues: set[str] = set()
 
     def __len__(self) -> int:
@@ -1424,8 +1443,9 @@ class Spool:
         shape = self._shapes.get(tuple(values))
         if shape is None:
             shape = self._shapes[tuple(values)] = len(self._shapes)
-            named = [COLUMN_OF.get(name, name) for name in values]
+            named = [COLUMN_OF.get(name, name) for name in values if name not in NEEDS]
             self.columns += [name for name in named if name not in self.columns]
+            self.linked = self.linked or bool(NEEDS.keys() & values.keys())
             self.first_id = self.first_id or str(values["id"])
         self._file.write(json.dumps([shape, *values.values()]) + "\n")
         self.queues.add(str(values.get("queue", "default")))
@@ -1440,7 +1460,8 @@ class Spool:
         templates: dict[tuple[str, ...], tuple[str, list[int]]] = {}
         for shape, values in self._read():
             if shape not in templates:
-                said = {COLUMN_OF.get(name, name): name for name in shape}
+                said = {COLUMN_OF.get(name, name): name
+                        for name in shape if name not in NEEDS}
                 literal = {} if "state" in said else staged
                 columns = list(dict.fromkeys([*self.columns, *staged]))
                 parts = [EXPRESSIONS.get(said[column], "%s") if column in said
@@ -1498,8 +1519,12 @@ def ahead(items: Iterator[str]) -> Iterator[str]:
             item = maker.submit(next, items, "")
             yield found
 
-def enqueue(database: Database, spool: Spool, if_absent: bool) -> None:
-    """Commit all jobs of the spool, or none; `if_absent` passes over ids in use."""
+def enqueue(database: Database, spool: Spool, if_absent: bool) -> dict[str, str]:
+    """Commit all jobs of the spool, or none.
+
+    `if_absent` passes over ids and unique keys in use: for each such key the id of
+    the job that was to have it, and of the one that has it.
+    """
     batch = secrets.token_hex(8)
     staged: dict[str, str] = {}
     moment = f"9000-01-01 00:00:00.{int(batch, 16) % 10**6:06}"
@@ -1507,8 +1532,8 @@ def enqueue(database: Database, spool: Spool, if_absent: bool) -> None:
         staged = {"state": f"'{State.BLOCKED}'", "next_run_at": f"'{moment}'"}
     columns = ", ".join(dict.fromkeys([*spool.columns, *staged]))
     head = f"INSERT INTO jobs ({columns}, batch) VALUES"
-    tail = "ON DUPLICATE KEY UPDATE seq = jobs.seq" if if_absent else ""
-    def work(cursor: Cursor) -> bool:
+    tail = "ON DUPLICATE KEY UPDATE batch = jobs.batch" if if_absent else ""
+    def work(cursor: Cursor) -> dict[str, str]:
         rows = spool.rows(batch, staged)
         made = insertions(cursor, database.packet_bytes, head, rows, tail)
         for one in ahead(made) if len(spool) > 1000 else made:
@@ -1516,13 +1541,15 @@ def enqueue(database: Database, spool: Spool, if_absent: bool) -> None:
         if staged:
             cursor.execute("INSERT INTO config (`key`, value) VALUES (%s, %s)",
                            (STAGED + batch, moment))
-        return True
-    def verify(cursor: Cursor) -> bool | None:
+        if spool.linked:
+            _link(cursor, spool, batch)
+        return dict(_holders(cursor, spool)) if if_absent else {}
+    def verify(cursor: Cursor) -> dict[str, str] | None:
         cursor.execute("SELECT seq FROM jobs WHERE id = %s AND batch = %s FOR UPDATE",
                        (spool.first_id, batch))
-        return True if cursor.fetchone() else None
+        return {} if cursor.fetchone() else None
     try:
-        database.transact(work, None if if_absent else verify)
+        held = database.transact(work, None if if_absent else verify)
     except Unreachable as problem:
         if problem.sent:
             also = f" and {len(spool) - 1} more" if len(spool) > 1 else ""
@@ -1530,12 +1557,28 @@ def enqueue(database: Database, spool: Spool, if_absent: bool) -> None:
                             "repeat with --if-absent")
         raise
     except RowRefused as refused:
-        raise _explain_refusal(database, refused) from None
+        raise _explain_refusal(database, refused, spool) from None
     with contextlib.suppress(Problem):  # it is accepted: else the workers do the rest
         released = len(staged)
         while released:
             released = database.transact(
                 lambda cursor: release_staged(cursor, STAGED + batch, moment))
+    return held
+
+def pages(items: Iterable[T], size: int = 1000) -> Iterator[list[T]]:
+    items = iter(items)
+    return iter(lambda: list(itertools.islice(items, size)), [])
+
+def _holders(cursor: Cursor, spool: Spool) -> Iterator[tuple[str, str]]:
+    """For each job whose unique key another job has: its id, and the other's."""
+    for page in pages((str(job["unique"]), str(job["id"]))
+                      for job in spool if "unique" in job):
+        keys = dict(page)
+        found = dict(cursor.rows(
+            lambda *row: row, "SELECT live_key, id FROM jobs "
+            f"WHERE live_key IN ({placeholders(keys)})", *keys))
+        yield from ((job_id, holder) for key, job_id in page
+                    if (holder := found.get(key, job_id)) != job_id)
 
 def release_staged(cursor: Cursor, key: str, moment: str) -> int:
     """Make some jobs of a staged batch pending; how many, 0 once it is done with.
@@ -1553,17 +1596,142 @@ def release_staged(cursor: Cursor, key: str, moment: str) -> int:
             f"({placeholders(seqs)})", seqs)
     return 0 * cursor.execute("DELETE FROM config WHERE `key` = %s", (key,))
 
-def _explain_refusal(database: Database, refused: RowRefused) -> Problem:
+def _explain_refusal(database: Database, refused: RowRefused, spool: Spool) -> Problem:
     taken = re.search(r"Duplicate entry '(.*)' for key", refused.text)
     if refused.code != 1062 or not taken:
         return Problem(f"the server refused a job: {refused.text}",
                        "nothing was enqueued", USAGE)
-
+    hint = "nothing was enqueued; --if-absent passes over ids and keys in use"
+    if "jobs_live_key" in refused.text:
+        holders = dict(database.read(lambda cursor: list(_holders(cursor, spool))))
+        for job in spool:
+            if job["id"] in holders:
+                return Problem(f"key {job['unique']} is held by job "
+                               f"{holders[str(job['id'])]}", hint)
+        return Problem(f"key {taken[1]} stands twice in the input", hint)
     states = database.rows(
         "a {} job has it".format, "SELECT state FROM jobs WHERE id = %s", taken[1])
     return Problem(f"id {taken[1]} is taken: "
-                   f"{states[0] if states else 'it stands twice in the input'}",
-                   "nothing was enqueued; --if-absent passes over ids in use")
+                   f"{states[0] if states else 'it stands twice in the input'}", hint)
+
+def as_list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+# -- jobs that wait for others
+
+def _link(cursor: Cursor, spool: Spool, batch: str) -> None:
+    """Enter what the spool's jobs wait for, and decide which of them need not.
+
+    A parent is an older row, so no cycle can be made. Its row is locked, and marked,
+    from here to the COMMIT: whoever settles it comes before that, or sees the mark.
+    """
+    edges = ((str(job["id"]), str(parent), needs) for job in spool
+             for key, needs in NEEDS.items() for parent in as_list(job.get(key)))
+    for page in pages(edges):
+        ours, old = (dict(cursor.rows(
+            lambda *row: row, "SELECT id, seq FROM jobs "
+            f"WHERE {only} id IN ({placeholders(page)}) ORDER BY seq FOR UPDATE",
+            *(edge[end] for edge in page)))
+            for end, only in enumerate((f"batch = '{batch}' AND", "")))
+        rows = []
+        for child, parent, needs in page:
+            if child in ours:  # else it was there already
+                if old.get(parent, ours[child]) >= ours[child]:
+                    raise Problem(
+                        f"job {child} cannot wait for {parent}: there is no such job "
+                        "before it", "a finished one may have been purged; nothing was "
+                        "enqueued", USAGE)
+                rows.append((old[parent], ours[child], needs))
+        if rows:
+            cursor.defer("UPDATE jobs FORCE INDEX (PRIMARY) SET has_children = 1 WHERE "
+                         f"seq IN ({placeholders(rows)})", [row[0] for row in rows])
+            cursor.defer("INSERT INTO dependencies (parent, child, needs) VALUES "
+                         f"{placeholders(rows)} ON DUPLICATE KEY UPDATE "
+                         "needs = VALUES(needs)", rows)
+    for ids in pages(str(job["id"]) for job in spool if any(map(job.get, NEEDS))):
+        seqs = cursor.rows(int, f"SELECT seq FROM jobs WHERE batch = '{batch}' AND "
+                           f"id IN ({placeholders(ids)})", *ids)
+        release_children(cursor, decide_blocked(cursor, seqs))
+
+MET = """(parents.state = 'completed' OR (needs = 'ended' AND
+          parents.state IN ('dead', 'cancelled')))"""
+HOPELESS = "(needs = 'completed' AND parents.state IN ('dead', 'cancelled'))"
+PARENTS = "dependencies JOIN jobs AS parents ON parents.seq = parent"
+
+def release_children(cursor: Cursor, ended: Collection[int]) -> None:
+    """Have what waits for these jobs, which have just ended, run or die with them, and
+    so on down the chain."""
+    while ended:
+        children = cursor.rows(
+            int, "SELECT DISTINCT child FROM dependencies "
+            f"WHERE parent IN ({placeholders(ended)}) ORDER BY child", *ended)
+        ended = [seq for page in pages(children)
+                 for seq in decide_blocked(cursor, page)]
+
+def decide_blocked(cursor: Cursor, seqs: Sequence[int]) -> list[int]:
+    """Let go those blocked jobs that wait for nothing more, and bury those that can
+    never run; the latter.
+
+    They are written before their parents are read: so of two who settle two parents at
+    once, one waits here for the other and then sees what it did.
+    """
+    if not seqs:
+        return []
+    update = "UPDATE jobs FORCE INDEX (PRIMARY) SET {} WHERE state = 'blocked' AND "
+    cursor.defer(update.format("waits_for = waits_for + 1")
+                 + f"seq IN ({placeholders(seqs)})", seqs)
+    found = cursor.rows(
+        lambda *row: row, f"SELECT child, SUM(NOT {MET}), SUM({HOPELESS}), CONCAT("
+        f"'waited for ', MIN(IF({HOPELESS}, CONCAT(parents.id, ', which is ', "
+        f"parents.state), NULL))) FROM {PARENTS} JOIN jobs ON jobs.seq = child "
+        f"WHERE jobs.state = 'blocked' AND child IN ({placeholders(seqs)}) "
+        "GROUP BY child", *seqs)
+    free = [seq for seq, unmet, _, _ in found if not unmet]
+    dead = {seq: why for seq, _, hopeless, why in found if hopeless}
+    if free:
+        cursor.defer(update.format(
+            "waits_for = 0, state = IF(next_run_at > UTC_TIMESTAMP(6), 'scheduled', "
+            "'pending')") + f"seq IN ({placeholders(free)})", free)
+    if dead:
+        cursor.defer(update.format(
+            "state = 'dead', reason = 'dependency', finished_at = UTC_TIMESTAMP(6), "
+            "next_run_at = LEAST(next_run_at, UTC_TIMESTAMP(6))")
+            + f"seq IN ({placeholders(dead)})", [*dead])
+        bury(cursor, dead)
+    return [*dead]
+
+def bury(cursor: Cursor, dead: Mapping[int, str | None]) -> None:
+    """Write the dead letters of jobs that have just died, each with its last line, and
+    enqueue their on_failure commands, for the same queue, directory and variables."""
+    those = f"seq IN ({placeholders(dead)})"
+    cursor.defer(
+        f"""
+        INSERT INTO dlq (seq, id, exit_code, reason, last_line)
+        SELECT seq, id, exit_code, reason, ELT(FIELD(seq, {placeholders(dead)}),
+               {placeholders(dead)}) FROM jobs FORCE INDEX (PRIMARY) WHERE {those}
+            ON DUPLICATE KEY UPDATE died_at = UTC_TIMESTAMP(6), seq = VALUES(seq),
+               id = VALUES(id), exit_code = VALUES(exit_code), reason = VALUES(reason),
+               last_line = VALUES(last_line)
+        """, [*dead, *dead.values(), *dead])
+    for command, line, cwd, env, *about in cursor.rows(
+            lambda *row: row, "SELECT on_failure, queue, cwd, env, jobs.id, queue, "
+            "attempts, dlq.reason, dlq.exit_code, last_line FROM jobs JOIN dlq "
+            f"USING (seq) WHERE {those} AND LENGTH(on_failure) BETWEEN 1 AND "
+            f"{COMMAND_BYTES_MAX}", *dead):
+        told = {f"QUEUECTL_PARENT_{name}": str(value) for name, value in zip(
+            ("ID", "QUEUE", "ATTEMPTS", "REASON", "EXIT_CODE", "LAST_LINE"), about)
+            if value is not None}
+        cursor.defer("INSERT INTO jobs (id, command, queue, cwd, env) VALUES %s", [
+            (new_id(), command, line, cwd, json.dumps({**env_of(env), **told}))])
+
+def env_of(text: object) -> dict[str, str]:
+    """The variables that a row's env names; none where it cannot be read."""
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(str(text or "{}"))
+        if isinstance(found, dict):
+            return {name: str(value) for name, value in found.items()}
+    return {}
+
 
 
 # ---- claiming ----------------------------------------------------------------
@@ -1575,6 +1743,7 @@ def _explain_refusal(database: Database, refused: RowRefused) -> Problem:
 # where SKIP LOCKED locks nothing. SKIP LOCKED is for speed.
 
 HISTORY_KEPT = 20
+DATETIME_MIN = datetime.datetime(1000, 1, 1)
 PURGED_AT_ONCE, PURGE_PAUSE_S = 500, 600.0
 PROMOTED_AT_ONCE = 500
 NEIGHBOURS_PROMOTION_S, SLOW_CLAIM_S = 0.05, 0.02
@@ -1593,17 +1762,10 @@ class Job:
     timeout_name: str  # which setting gave the time limit
 
 @dataclass(frozen=True)
-class Flush:
-    """Output so far of a run that goes on."""
-    held: Held
-    output: bytes
-    output_bytes: int
-
-@dataclass(frozen=True)
 class Ask:
     """What a worker wants of one turn."""
     ended: Sequence[Ended] = ()
-    flushes: Sequence[Flush] = ()
+    flushes: Sequence[Ended] = ()  # output so far of runs that go on
     running: Collection[tuple[int, str]] = ()  # (seq, token) of the runs that go on
     free: int = 0
     look: bool = False  # for cancellations, settings, due jobs and new queues
@@ -1670,8 +1832,10 @@ class Desk:
         self._marked: list[int] = []  # seqs that it has claimed so far
         self._settled: dict[int, str] = {}  # and what it has settled: seq and token
         self._reached: dict[str, tuple[int, int]] = {}  # where each queue's claim ended
+        self._limits: dict[str, int | None] = {}  # of the queues that have one
         self._state = ""  # as our row says
         self.retains, self._purge_at = False, 0.0  # whether we delete what is old
+        self._decide_at, self._decided = 0.0, (DATETIME_MIN, 0)
         self._judge = Judge()
 
     # -- one turn
@@ -1697,6 +1861,8 @@ class Desk:
                 notes = self._look_after_others(look)
             if self.retains and time.monotonic() >= self._purge_at:
                 self._purge_old()
+            if self.retains and time.monotonic() >= self._decide_at:
+                self._decide_again()
         return dataclasses.replace(done, look=look, notes=notes)
 
     def _work(self, ask: Ask, look: Look | None) -> Turn:
@@ -1711,20 +1877,23 @@ class Desk:
         return Turn(due_s=look.due_s)
 
     def _beat(self, cursor: Cursor, ask: Ask) -> bool:
-        """Raise our beat; False if we were declared lost."""
-        cursor.execute(
+        """Raise our beat, and learn the limits; False if we were declared lost."""
+        cursor.defer(
             "UPDATE workers SET beat = beat + 1, heartbeat_at = UTC_TIMESTAMP(6), "
             "state = %s, lease = %s WHERE id = %s AND lost_at IS NULL",
             (ask.state, self.settings.lease_s, self.me.id))
+        self._limits = dict(cursor.rows(
+            lambda *row: row, f"SELECT name, {ALLOWED} FROM queues "
+            "WHERE paused_at IS NOT NULL OR max_running IS NOT NULL"))
         self._state = ask.state
-        return bool(cursor.rowcount)
+        return bool(cursor.counts[-1])
 
     def _turn(self, cursor: Cursor, ask: Ask, look: Look | None) -> Turn:
         self._marked, self._settled = [], {}
         if not self._beat(cursor, ask):
             return Turn(alive=False)
         changes = self._settle(cursor, ask.ended)
-        self._flush(cursor, ask.flushes)
+        self._write_history(cursor, ask.flushes)
         due_s = min((change.verdict.wait_s for change in changes
                      if change.to is State.FAILED), default=math.inf)
         if look:
@@ -1783,50 +1952,52 @@ class Desk:
         """Settle the runs that are still ours; the others are left alone."""
         if not ended:
             return []
-        cancelled = self._lock_runs(cursor, [held.seq for held, _ in ended])
-        changes = [self._decide(held, end, cancelled[held.seq, held.token])
-                   for held, end in ended if (held.seq, held.token) in cancelled]
+        ours = self._lock_runs(cursor, [held.seq for held, _ in ended])
+        changes = [self._decide(held, end, *ours[held.seq, held.token])
+                   for held, end in ended if (held.seq, held.token) in ours]
         self._settled = {change.held.seq: change.held.token for change in changes}
         self._carry_out(cursor, changes)
         return changes
 
     @staticmethod
-    def _lock_runs(cursor: Cursor, seqs: Sequence[int]) -> dict[tuple[int, str], bool]:
-        """The (seq, token) of those that run, and whether a person cancelled it."""
-        cursor.execute(
-            "SELECT seq, token, cancel_requested_at IS NOT NULL "
-            "FROM jobs FORCE INDEX (PRIMARY) "
-            f"WHERE seq IN ({placeholders(seqs)}) AND state = 'processing' "
-            "ORDER BY seq FOR UPDATE", seqs)
-        return {(seq, token): bool(asked) for seq, token, asked in cursor.fetchall()}
+    def _lock_runs(cursor: Cursor, seqs: Sequence[int]) -> \
+            dict[tuple[int, str], tuple[bool, bool]]:
+        """The (seq, token) of those that run, and whether a person cancelled it, and
+        others wait for it."""
+        return dict(cursor.rows(
+            lambda seq, token, asked, waited: ((seq, token), (bool(asked), waited)),
+            "SELECT seq, token, cancel_requested_at IS NOT NULL, has_children "
+            f"FROM jobs FORCE INDEX (PRIMARY) WHERE seq IN ({placeholders(seqs)}) "
+            "AND state = 'processing' ORDER BY seq FOR UPDATE", *seqs))
 
-    def _decide(self, held: Held, end: End, cancelled: bool) -> Change:
-        held = dataclasses.replace(held, cancel_requested=cancelled)
+    def _decide(self, held: Held, end: End, cancelled: bool, waited: bool) -> Change:
+        held = dataclasses.replace(held, cancel_requested=cancelled,
+                                   has_children=waited)
         verdict = judge(held, end, self.settings, random.random())
         if cancelled:
             end = dataclasses.replace(end, reason=Reason.CANCELLED)
         return Change(held, end, verdict)
 
     def _carry_out(self, cursor: Cursor, changes: Sequence[Change]) -> None:
-        """Write a plan: jobs, history, dead letters. Rows alike share a statement."""
+        """Write a plan: jobs, history, dead letters, what waits for them. Rows alike
+        share a statement."""
         groups: dict[tuple[object, ...], list[Change]] = {}
         for change in changes:
             key = (change.verdict, change.end.exit_code, change.end.reason)
             groups.setdefault(key, []).append(change)
         for group in groups.values():
             self._move_jobs(cursor, group)
-        self._write_history(cursor, changes)
-        self._insert(
-            cursor, "INSERT INTO dlq (seq, id, exit_code, reason, last_line) VALUES",
-            [("(%s, %s, %s, %s, %s)",
-              (held.seq, held.id, end.exit_code, end.reason, last_line(end)))
-             for held, end, verdict in changes if MOVES[verdict.move].to is State.DEAD],
-            # A row is there already where somebody has revived the job by hand.
-            """
-            ON DUPLICATE KEY UPDATE seq = VALUES(seq), id = VALUES(id),
-                died_at = UTC_TIMESTAMP(6), exit_code = VALUES(exit_code),
-                reason = VALUES(reason), last_line = VALUES(last_line)
-            """)
+        self._write_history(cursor, [change[:2] for change in changes])
+        for held, _, _ in changes:
+            if held.run > HISTORY_KEPT:
+                cursor.defer("DELETE FROM runs WHERE job = %s AND run <= %s",
+                             (held.seq, held.run - HISTORY_KEPT))
+        dead = {held.seq: last_line(end) for held, end, verdict in changes
+                if MOVES[verdict.move].to is State.DEAD}
+        if dead:
+            bury(cursor, dead)
+        release_children(cursor, [change.held.seq for change in changes
+                                  if change.held.has_children and change.to in ENDED])
 
     def _insert(self, cursor: Cursor, head: str, rows: Iterable[tuple[str, Values]],
                 tail: str = "") -> None:
@@ -1860,16 +2031,20 @@ class Desk:
              "given_back": int(verdict.move == "hand back"), "seqs": seqs,
              "tokens": list({change.held.token for change in group})})
 
-    def _write_history(self, cursor: Cursor, changes: Sequence[Change]) -> None:
+    def _write_history(self, cursor: Cursor,
+                       found: Iterable[tuple[Held, End]]) -> None:
+        """A row of each run that ended; of one that goes on, its output so far."""
+        ended = "UTC_TIMESTAMP(6)"
         self._insert(
             cursor, "INSERT INTO runs (job, run, attempt, worker, started_at, "
             "duration, exit_code, reason, detail, output, output_bytes, finished_at) "
             "VALUES",
-            [("(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, UTC_TIMESTAMP(6))",
+            [(f"(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, "
+              f"{ended if end.reason else 'NULL'})",
               (held.seq, held.run, held.attempts, held.worker, held.started_at,
                end.duration_s, end.exit_code, end.reason,
                end.detail[:DETAIL_MAX] or None, end.output or None, end.output_bytes))
-             for held, end, _ in changes],
+             for held, end in found],
             """
             ON DUPLICATE KEY UPDATE finished_at = VALUES(finished_at),
                 duration = VALUES(duration), exit_code = VALUES(exit_code),
@@ -1877,20 +2052,6 @@ class Desk:
                 output = COALESCE(VALUES(output), output),
                 output_bytes = GREATEST(VALUES(output_bytes), output_bytes)
             """)
-        for held, _, _ in changes:
-            if held.run > HISTORY_KEPT:
-                cursor.defer("DELETE FROM runs WHERE job = %s AND run <= %s",
-                             (held.seq, held.run - HISTORY_KEPT))
-
-    def _flush(self, cursor: Cursor, flushes: Sequence[Flush]) -> None:
-        self._insert(
-            cursor, "INSERT INTO runs (job, run, attempt, worker, started_at, output, "
-            "output_bytes) VALUES",
-            [("(%s, %s, %s, %s, %s, %s, %s)",
-              (one.held.seq, one.held.run, one.held.attempts, one.held.worker,
-               one.held.started_at, one.output, one.output_bytes)) for one in flushes],
-            "ON DUPLICATE KEY UPDATE output = VALUES(output), "
-            "output_bytes = VALUES(output_bytes)")
 
     # -- promote and claim
 
@@ -1917,18 +2078,48 @@ class Desk:
     def _claim(self, cursor: Cursor, ask: Ask) -> None:
         """Mark up to `free` jobs with the token, shared over the queues with some."""
         if not self.me.queues and (ask.look or not self._queues):
-            self._queues = waiting_queues(cursor)
+            self._queues = queues_with(cursor, State.PENDING)
         if not self._queues:
             return
         self._queues.append(self._queues.pop(0))
         if ask.look or not (ask.running or ask.ended):
             self._reached.clear()
-        share, idle = -(-ask.free // len(self._queues)), not ask.running
+        room = self._room(cursor)
+        open_ones = [name for name in self._queues if room.get(name) != 0]
+        share, idle = -(-ask.free // (len(open_ones) or 1)), not ask.running
         for at_most in sorted({share, ask.free}):  # to each its share, then the rest
-            for name in self._queues:
-                wanted = min(at_most, ask.free - len(self._marked))
+            for name in open_ones:
+                before = len(self._marked)
+                wanted = min(at_most, ask.free - before, room.get(name, ask.free))
                 if wanted > 0 and not self._take(cursor, name, wanted, idle):
                     return
+                if name in room:
+                    room[name] -= len(self._marked) - before
+
+    def _room(self, cursor: Cursor) -> dict[str, int]:
+        """How many more jobs of each limited queue may run, by counting what runs.
+
+        Where there seems to be room, the queue's row is written, then counted again: of
+        two who would fill the last slot, one waits here, and sees what the other took.
+        """
+        room = {name: 0 for name in self._queues if name in self._limits}
+        names = [name for name in room if self._limits[name] != 0]
+        share = "" if self.database.read_committed else "LOCK IN SHARE MODE"
+        for sure in (False, True) if names else ():
+            if sure:
+                cursor.defer("UPDATE queues SET touched = touched + 1 WHERE name IN "
+                             f"({placeholders(names)}) ORDER BY name", names)
+            found = cursor.rows(
+                lambda name, free: (name, free), f"SELECT name, {ALLOWED} - (SELECT "
+                "COUNT(*) FROM jobs FORCE INDEX (jobs_claim) WHERE queue = name AND "
+                f"state = 'processing' {share}) FROM queues WHERE name IN "
+                f"({placeholders(names)}) {share}", *names)
+            room.update((name, sys.maxsize if free is None else max(0, free))
+                        for name, free in found)
+            names = [name for name, _ in found if room[name]]
+            if not names:
+                break
+        return room
 
     def _take(self, cursor: Cursor, name: str, wanted: int, idle: bool) -> bool:
         """Mark jobs of one queue; False when nothing beside them may be claimed.
@@ -2006,33 +2197,24 @@ class Desk:
                    values: Sequence[object]) -> list[Job]:
         """The processing jobs that `only` names, NULLs filled from the settings."""
         settings = self.settings
-        cursor.execute(
+        def permanent(codes: str | None) -> frozenset[int]:
+            with contextlib.suppress(ValueError):
+                return settings.permanent_exit_codes if codes is None \
+                    else read_codes(codes)
+            return settings.permanent_exit_codes
+        return cursor.rows(
+            lambda *row: Job(Held(*[*row[:13], permanent(row[13])]), *row[14:]),
             f"""
-            SELECT seq, id, token, runs, attempts, attempts_max, max_retries, losses,
-                   backoff_base, permanent_exit_codes, on_lost,
-                   cancel_requested_at IS NOT NULL, worker, started_at, command, queue,
-                   cwd, env, timeout
+            SELECT seq, id, COALESCE(token, ''), runs, attempts,
+                   COALESCE(attempts_max, max_retries + 1, {settings.max_retries + 1}),
+                   losses, GREATEST(1, COALESCE(backoff_base, {settings.backoff_base})),
+                   COALESCE(on_lost, '{settings.on_lost}'),
+                   cancel_requested_at IS NOT NULL, has_children, COALESCE(worker, ''),
+                   started_at, permanent_exit_codes, command, queue, cwd, env,
+                   COALESCE(timeout, {settings.job_timeout}),
+                   IF(timeout IS NULL, 'setting job_timeout', 'the job''s timeout')
               FROM jobs FORCE INDEX ({index}) WHERE state = 'processing' AND {only}
-            """, values)
-        jobs = []
-        for (seq, job_id, token, run, attempts, allowed, retries, losses, base, codes,
-             on_lost, cancel, worker, started_at, command, queue_name, cwd, env,
-             timeout) in cursor.fetchall():
-            if allowed is None:
-                allowed = (settings.max_retries if retries is None else retries) + 1
-            permanent = settings.permanent_exit_codes
-            if codes is not None:
-                with contextlib.suppress(ValueError):
-                    permanent = read_codes(codes)
-            held = Held(
-                seq, job_id, str(token or ""), run, attempts, allowed, losses,
-                settings.backoff_base if base is None else max(1.0, base), permanent,
-                on_lost or settings.on_lost, bool(cancel), str(worker), started_at)
-            limit_s, named = timeout, "the job's timeout"
-            if timeout is None:
-                limit_s, named = settings.job_timeout, "setting job_timeout"
-            jobs.append(Job(held, command, queue_name, cwd, env, limit_s, named))
-        return jobs
+            """, *values)
 
     # -- look around
 
@@ -2066,13 +2248,18 @@ class Desk:
 
     def _drained(self, cursor: Cursor) -> bool:
         """Whether our queues, paused ones aside, hold nothing that may still run."""
-        names = self.me.queues
-        only = f"AND queue IN ({placeholders(names)})" if names else ""
-        cursor.execute(
-            "SELECT 1 FROM jobs WHERE state IN ('pending', 'failed', 'processing') "
-            f"{only} AND queue NOT IN "
-            "(SELECT name FROM queues WHERE paused_at IS NOT NULL) LIMIT 1", names)
-        return not cursor.fetchone()
+        paused = cursor.rows(str, "SELECT name FROM queues WHERE paused_at > 0")
+        names = {name for state in (State.PENDING, State.FAILED, State.PROCESSING)
+                 for name in queues_with(cursor, state)} - {*paused}
+        if names & {*(self.me.queues or names)}:
+            return False
+        there = f"AND {{}}.queue IN ({placeholders(self.me.queues)}) " \
+            if self.me.queues else ""
+        return not cursor.rows(
+            int, f"SELECT 1 FROM {PARENTS} JOIN jobs ON jobs.seq = child WHERE "
+            f"jobs.state = 'blocked' {there.format('jobs')} AND parents.state IN "
+            f"('scheduled', 'blocked') {there.format('parents')} LIMIT 1",
+            *self.me.queues, *self.me.queues)
 
     def _purge_old(self) -> None:
         """Delete a batch of what retain_completed and the like let go."""
@@ -2085,6 +2272,22 @@ class Desk:
         often = min([PURGE_PAUSE_S, *(one / 10 for one in kept_s.values() if one)])
         pause = max(often, 1.0) if max(old) < PURGED_AT_ONCE else 0.0
         self._purge_at = time.monotonic() + pause
+
+    def _decide_again(self) -> None:
+        """Decide some blocked jobs once more: the net, should a wake-up be lost."""
+        after, seq = self._decided
+        found = self.database.rows(
+            lambda *row: row, "SELECT next_run_at, seq FROM jobs FORCE INDEX (jobs_due)"
+            " WHERE state = 'blocked' AND next_run_at BETWEEN %s AND '9000-01-01' AND "
+            "(next_run_at > %s OR seq > %s) ORDER BY next_run_at, seq LIMIT 500",
+            after, after, seq)
+        self._decided, pause = (DATETIME_MIN, 0), 10 * self.settings.heartbeat
+        if len(found) == 500:
+            self._decided, pause = found[-1], 0.0
+        self._decide_at = time.monotonic() + pause
+        if found:
+            self.database.transact(lambda cursor: release_children(
+                cursor, decide_blocked(cursor, [seq for _, seq in found])))
 
     # -- the other workers
 
@@ -2128,8 +2331,8 @@ class Desk:
             jobs = self._read_jobs(cursor, "jobs_due", "worker <=> %s FOR UPDATE",
                                    (worker,))
             self._carry_out(cursor, [
-                self._decide(job.held, End(Reason.LOST), job.held.cancel_requested)
-                for job in jobs])
+                self._decide(job.held, End(Reason.LOST), job.held.cancel_requested,
+                             job.held.has_children) for job in jobs])
             return len(jobs)
         return self.database.transact(work)
 
@@ -2187,6 +2390,7 @@ SELECT DISTINCT 'stray', CAST(jobs.worker AS CHAR), NULL, NULL
   FROM jobs FORCE INDEX (jobs_due)
   LEFT JOIN workers ON workers.id = jobs.worker AND lost_at IS NULL
  WHERE jobs.state = 'processing' AND workers.id IS NULL"""
+ALLOWED = "IF(paused_at IS NULL, max_running, 0)"  # to run at once; NULL: no limit
 CLAIM_ASSIGNMENTS = """
    SET state = 'processing', token = %s, worker = %s, attempts = attempts + 1,
        runs = runs + 1, started_at = UTC_TIMESTAMP(6), finished_at = NULL,
@@ -2217,17 +2421,17 @@ def purge(database: Database, state: State, age: str) -> int:
         return len(seqs)
     return database.transact(work)
 
-def waiting_queues(cursor: Cursor) -> list[str]:
-    """The queues with pending jobs, by one index seek each."""
-    found: list[str] = []
-    while True:
-        cursor.execute(
-            "SELECT queue FROM jobs FORCE INDEX (jobs_claim) WHERE state = 'pending' "
-            "AND queue > %s ORDER BY queue LIMIT 1", (found[-1] if found else "",))
-        row = cursor.fetchone()
-        if not row:
-            return found
-        found.append(row[0])
+def queues_with(cursor: Cursor, state: State) -> list[str]:
+    """The queues with jobs in this state, by one index seek each."""
+    found = [""]
+    while name := cursor.rows(
+            str, "SELECT queue FROM jobs FORCE INDEX (jobs_claim) WHERE state = %s "
+            "AND queue > %s ORDER BY queue LIMIT 1", state, found[-1]):
+        found += name
+    return found[1:]
+
+def cut_mark(total: int) -> bytes:
+    return b"\n[queuectl: %d bytes in all, the middle is left out]\n" % total
 
 def last_line(end: End) -> str | None:
     """The last line that says something, for the dead letter."""
@@ -2240,6 +2444,8 @@ def last_line(end: End) -> str | None:
 # What status, list and show ask, and the small writes of a person: cancel, retry a
 # dead letter, change a setting. A write names the state it leaves and reads the answer.
 
+SLOW_START_S = 2.0
+FOLLOWED_S = 0.3  # how often at least whoever follows a run reads its output
 COUNTED_UP_TO, SORTED_UP_TO = 100_000, 10_000
 PAGE = 1000
 VIEW_COLUMNS = """jobs.seq, jobs.id, command, queue, state, priority, attempts,
@@ -2318,10 +2524,15 @@ class Result(NamedTuple):
     error: str | None
     note: str = ""
 
+class Filter(NamedTuple):
+    """A condition, and the values that are bound into it."""
+    where: str
+    values: Sequence[object]
+
 class Office:
     """What a person asks of the queue, or changes in it."""
     def __init__(self, database: Database, settings: Settings) -> None:
-        self.database = database
+        self.database, self.retries = database, settings.max_retries
         self._columns = VIEW_COLUMNS.format(retries=settings.max_retries,
                                             timeout=settings.job_timeout)
 
@@ -2366,6 +2577,57 @@ class Office:
         [count] = self.database.rows(int, f"SELECT COUNT(*) FROM {source}", *values)
         return count
 
+    def follow(self, job_id: str, run: int,
+               when_slow: Callable[[], None] = lambda: None) -> Iterator[bytes]:
+        """The output of a job from its run number `run` on, as it comes, until the job
+        has ended; Problem if there is no such job. `when_slow` is called if it has not
+        started after SLOW_START_S."""
+        seen, pause, slow_at = 0, 0.02, time.monotonic() + SLOW_START_S
+        while True:
+            found = self.database.rows(
+                lambda *row: row, "SELECT state, run, output_bytes, IF(run > %s OR "
+                "output_bytes > %s, output, NULL) FROM jobs LEFT JOIN runs ON job = "
+                "seq AND run >= %s WHERE id = %s ORDER BY run", run, seen, run, job_id)
+            if not found:
+                raise no_such_job(job_id)
+            for _, number, total, kept in found:
+                run, seen = number or run, seen if number in (run, None) else 0
+                if kept:
+                    yield unseen(kept, total, seen)
+                    seen, pause = total, 0.02
+            if found[-1][0] in ENDED:
+                return
+            if time.monotonic() > slow_at:
+                slow_at = math.inf
+                if found[-1][0] != State.PROCESSING and not run:
+                    when_slow()
+            time.sleep(pause)
+            pause = min(1.5 * pause, FOLLOWED_S / 3)
+
+    def wait(self, ids: Sequence[str], one_is_enough: bool,
+             timeout_s: float) -> Iterator[Result]:
+        """Each job as it ends, or the first alone; Problem if that takes too long."""
+        until, pause, left = time.monotonic() + timeout_s, 0.02, dict.fromkeys(ids)
+        while left:
+            for page in pages(list(left)):
+                found = states_of(self.database, page)
+                for job_id in page:
+                    state = found.get(job_id)
+                    if state is None or state in ENDED:
+                        del left[job_id]
+                        error = f"job {job_id} is {state}" if state \
+                            else no_such_job(job_id).what
+                        yield Result(job_id, state == State.COMPLETED, state, error,
+                                     f"is {state}")
+                        if one_is_enough and state:
+                            return
+            if left and time.monotonic() >= until:
+                raise Problem(f"not ended within {say_duration(timeout_s)}: "
+                              f"{some_of([*left])}",
+                              f"see: queuectl explain {next(iter(left))}", TIMED_OUT)
+            time.sleep(min(pause, max(0.0, until - time.monotonic())) if left else 0)
+            pause = min(1.5 * pause, 0.25)
+
     def whole(self, job_id: str) -> Whole:
         """Everything about one job; Problem if there is none."""
         rows = self.database.rows(
@@ -2378,23 +2640,56 @@ class Office:
         history = self.database.rows(
             Run, "SELECT run, attempt, worker, started_at, finished_at, duration, "
             "exit_code, reason, detail FROM runs WHERE job = %s ORDER BY run", view.seq)
-        output = self.database.rows(
-            lambda kept: bytes(kept or b""), "SELECT output FROM runs WHERE job = %s "
-            "ORDER BY run DESC LIMIT 1", view.seq)
-        after = self.database.rows(
-            str, "SELECT id FROM jobs JOIN dependencies ON seq = parent "
-            "WHERE child = %s ORDER BY seq", view.seq)
-        return Whole(view, cwd, _env_of(env), after, history, b"".join(output))
+        after = self.database.rows(str, f"SELECT parents.id FROM {PARENTS} "
+                                   "WHERE child = %s ORDER BY parent", view.seq)
+        output = self.output(view.seq, history[-1].run) if history else b""
+        return Whole(view, cwd, env_of(env), after, history, output)
 
-    def dead_letters(self, limit: int) -> list[tuple[View, Moment]]:
+    def output(self, seq: int, run: int) -> bytes:
+        """What is kept of one run's output."""
+        return b"".join(self.database.rows(
+            lambda kept: bytes(kept or b""),
+            "SELECT output FROM runs WHERE job = %s AND run = %s", seq, run))
+
+    def like(self, job_id: str) -> dict[str, object]:
+        """What to enqueue for a job like this one, as complete_job makes it."""
+        names = ("command", "queue", "priority", "max_retries", "timeout", "cwd", "env",
+                 "backoff_base", "permanent_exit_codes", "on_lost", "unique",
+                 "on_failure")
+        columns = ", ".join(COLUMN_OF.get(name, name) for name in names)
+        rows = self.database.rows(lambda *row: row, f"SELECT {columns} FROM jobs "
+                                  "WHERE id = %s", job_id)
+        if not rows:
+            raise no_such_job(job_id)
+        return {name: value for name, value in zip(names, rows[0]) if value is not None}
+
+    def dead_letters(self, limit: int, only: Filter) -> list[tuple[View, Moment]]:
         """The dead jobs, the last to die first, each with the time of its death."""
         return self.database.rows(
             lambda died, *row: (View(*row), died),
             f"SELECT died_at, {self._columns} FROM dlq JOIN jobs ON jobs.seq = dlq.seq "
-            "ORDER BY died_at DESC, dlq.seq DESC LIMIT %s", limit or 1 << 63)
+            f"WHERE {only.where} ORDER BY died_at DESC, dlq.seq DESC LIMIT %s",
+            *only.values, limit or 1 << 63)
 
-    def count_dead_letters(self) -> int:
-        return self._count("dlq", (), COUNTED_UP_TO + 1)
+    def dead_ids(self, only: Filter) -> list[str]:
+        """The dead jobs, the first to die first."""
+        return self.database.rows(
+            str, "SELECT dlq.id FROM dlq JOIN jobs ON jobs.seq = dlq.seq "
+            f"WHERE {only.where} ORDER BY died_at, dlq.seq", *only.values)
+
+    def dead_groups(self) -> list[dict[str, Json]]:
+        """The dead letters that are alike but for digits, the most frequent first."""
+        return self.database.rows(
+            lambda count, code, reason, line, last, example: {
+                "count": count, "exit_code": code, "reason": reason, "last_line": line,
+                "last_died_at": say_time(last), "example": example},
+            "SELECT COUNT(*) AS many, exit_code, reason, REGEXP_REPLACE(last_line, "
+            "'[0-9]+', 'N') AS line, MAX(died_at), MAX(id) FROM dlq "
+            "GROUP BY exit_code, reason, line ORDER BY many DESC")
+
+    def count_dead_letters(self, only: Filter) -> int:
+        return self._count("dlq JOIN jobs ON jobs.seq = dlq.seq WHERE " + only.where,
+                           only.values, COUNTED_UP_TO + 1)
 
     def states(self, exact: bool) -> tuple[dict[str, int], list[str]]:
         """Jobs in each state, and the states whose count stops at COUNTED_UP_TO."""
@@ -2412,10 +2707,36 @@ class Office:
             "WHERE state = 'processing' GROUP BY queue"))
         waiting = "jobs WHERE state = 'pending' AND queue = %s"
         pending = {name: self._count(waiting, [name], COUNTED_UP_TO)
-                   for name in self.database.read(waiting_queues)}
+                   for name in self.database.read(functools.partial(
+                       queues_with, state=State.PENDING))}
         return [{"queue": name, str(State.PENDING): pending.get(name, 0),
                  str(State.PROCESSING): processing.get(name, 0)}
                 for name in sorted({*pending, *processing})]
+
+    def lines(self) -> list[dict[str, Json]]:
+        """The queues that have jobs to run or a limit, and how they move."""
+        held = {name: (limit, bool(paused)) for name, limit, paused in
+                self.database.rows(lambda *row: row, "SELECT name, max_running, "
+                                   "paused_at FROM queues")}
+        ended = dict(self.database.rows(
+            lambda *row: row, "SELECT queue, COUNT(*) FROM (SELECT job, finished_at "
+            "FROM runs ORDER BY job DESC LIMIT 5000) AS latest JOIN jobs ON seq = job "
+            "WHERE latest.finished_at > UTC_TIMESTAMP(6) - INTERVAL 1 MINUTE GROUP BY queue"))
+        busy = {str(row["queue"]): row for row in self.queues()}
+        none: dict[str, Json] = {}
+        rows = []
+        for name in sorted({*busy, *(one for one, what in held.items() if any(what))}):
+            oldest = self.database.rows(
+                say_time, "SELECT MIN(created_at) FROM (SELECT created_at FROM jobs "
+                "FORCE INDEX (jobs_claim) WHERE state = 'pending' AND queue = %s "
+                "ORDER BY claim_order, seq LIMIT 1000) AS first", name)
+            limit, paused = held.get(name, (None, False))
+            row = busy.get(name, none)
+            rows.append({"queue": name, "depth": row.get(State.PENDING, 0),
+                         "running": row.get(State.PROCESSING, 0), "limit": limit,
+                         "paused": paused, "oldest_waiting": oldest[0],
+                         "per_minute": ended.get(name, 0)})
+        return rows
 
     def workers(self) -> list[dict[str, Json]]:
         """The workers that are not lost; `silent`: no beat for longer than a lease."""
@@ -2457,32 +2778,68 @@ class Office:
                 "next_run_at = LEAST(next_run_at, UTC_TIMESTAMP(6)) "
                 "WHERE seq = %s AND state = %s",
                 (MOVES["cancel"].to, Reason.CANCELLED, seq, state))
+            release_children(cursor, [seq])
             return Result(job_id, True, MOVES["cancel"].to, None, "is cancelled")
         return self._on_one(job_id, work)
 
-    def revive(self, job_id: str, retries: int, reset: bool) -> Result:
-        """Put a dead job back, due now. It keeps its attempts and may run `retries`
-        times more; with `reset` the count starts again."""
+    def revive(self, job_id: str, move: str, retries: int = 1,
+               reset: bool = False) -> Result:
+        """Put a job back, due now, or blocked while it has to wait for others.
+
+        It keeps its attempts, and a dead one may run `retries` times more; with `reset`
+        the count starts again.
+        """
         def work(cursor: Cursor, seq: int, state: State) -> Result:
-            if state not in MOVES["revive"].leaves:
-                return Result(job_id, False, state, f"job {job_id} is {state}: only "
-                              "dead jobs are in the dead letter queue")
-            counting = f"attempts_max = attempts + {retries}"
+            if state not in MOVES[move].leaves:
+                only = " or ".join(one for one in State if one in MOVES[move].leaves)
+                return Result(job_id, False, state, f"job {job_id} is {state}: "
+                              f"only {only} jobs can be put back")
+            unmet = cursor.rows(
+                lambda *row: row, f"SELECT {HOPELESS}, parents.id, parents.state FROM "
+                f"{PARENTS} WHERE child = %s AND NOT {MET}", seq)
+            for hopeless, parent, its_state in unmet:
+                if hopeless:
+                    return Result(job_id, False, state, f"job {job_id} waits for "
+                                  f"{parent}, which is {its_state}: queuectl dlq retry "
+                                  f"{parent} --dependents brings both back")
+            to = State.BLOCKED if unmet else MOVES[move].to
+            # One that did not die by running keeps the runs that are left to it.
+            counting = ("attempts_max = IF((state <> 'dead' OR reason = 'dependency') "
+                        "AND attempts < COALESCE(attempts_max, max_retries + 1, "
+                        f"{self.retries + 1}), attempts_max, attempts + {retries})")
             if reset:
                 counting = "attempts = 0, attempts_max = NULL"
             cursor.execute(
-                f"UPDATE jobs FORCE INDEX (PRIMARY) SET state = %s, {counting}, "
+                f"UPDATE jobs FORCE INDEX (PRIMARY) SET {counting}, state = %s, "
                 "losses = 0, next_run_at = UTC_TIMESTAMP(6) "
-                "WHERE seq = %s AND state = %s", (MOVES["revive"].to, seq, state))
+                "WHERE seq = %s AND state = %s", (to, seq, state))
             cursor.execute("DELETE FROM dlq WHERE seq = %s", (seq,))
-            return Result(job_id, True, MOVES["revive"].to, None, "is pending again")
+            return Result(job_id, True, to, None, f"is {to} again")
         return self._on_one(job_id, work)
+
+    def revive_dependents(self, job_id: str) -> Iterator[Result]:
+        """Put back what died with a job, and what died with that."""
+        parents = [job_id]
+        for parent in parents:
+            for child in self.database.rows(
+                    str, f"SELECT jobs.id FROM {PARENTS} JOIN jobs ON jobs.seq = child "
+                    "WHERE parents.id = %s AND jobs.state = 'dead' AND jobs.reason = "
+                    "'dependency' ORDER BY child", parent):
+                result = self.revive(child, "revive")
+                parents += [child] * result.ok
+                yield result
+
+    def limit(self, name: str, what: str, value: object) -> None:
+        """Set max_running or paused_at of a queue; None: it limits it no more."""
+        self.database.run(f"INSERT INTO queues (name, {what}) VALUES (%s, %s) "
+                          f"ON DUPLICATE KEY UPDATE {what} = VALUES({what}), "
+                          "touched = touched + 1", name, value)
 
     def _on_one(self, job_id: str,
                 act: Callable[[Cursor, int, State], Result]) -> Result:
         """Lock one job, and do what its state allows."""
         nothing = Result(job_id, False, None, no_such_job(job_id).what)
-        made: list[Result] = []
+        made: list[tuple[Result, State]] = []
 
         def locked(cursor: Cursor) -> tuple[int, State] | None:
             found = cursor.rows(
@@ -2491,17 +2848,29 @@ class Office:
             return found[0] if found else None
         def work(cursor: Cursor) -> Result:
             found = locked(cursor)
-            made.append(act(cursor, *found) if found else nothing)
-            return made[-1]
+            if not found:
+                return nothing
+            made.append((act(cursor, *found), found[1]))
+            return made[-1][0]
         def verify(cursor: Cursor) -> Result | None:
-            """What was made of it stands: it is so, or (revived) was claimed since."""
-            found, result = locked(cursor), made[-1]
-            stands = found and (found[1] == result.state or (
-                result.state == State.PENDING and found[1] is not State.DEAD))
-            return result if result.ok and stands else None
+            """What was made of it stands: it is no longer in the state that it left."""
+            found, (result, was) = locked(cursor), made[-1]
+            return result if result.ok and found and found[1] is not was else None
         if not re.fullmatch(NAME, job_id):
             return nothing
-        return self.database.transact(work, verify)
+        try:
+            return self.database.transact(work, verify)
+        except RowRefused:
+            return self._clash(job_id)
+
+    def _clash(self, job_id: str) -> Result:
+        """Why a job cannot come back: another has its unique key."""
+        [(state, key, holder)] = self.database.rows(
+            lambda *row: row, "SELECT jobs.state, jobs.unique_key, other.id FROM jobs "
+            "LEFT JOIN jobs AS other ON other.live_key = jobs.unique_key "
+            "WHERE jobs.id = %s", job_id)
+        return Result(job_id, False, state, f"job {job_id} stays {state}: key {key} is "
+                      f"held by job {holder}")
 
     def set_config(self, key: str, value: str | None) -> None:
         """Store one setting; None removes it."""
@@ -2515,12 +2884,18 @@ class Office:
 def no_such_job(job_id: str) -> Problem:
     return Problem(f"no such job: {excerpt(job_id, 140)}", "see: queuectl list")
 
-def _env_of(text: object) -> dict[str, str]:
-    with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(str(text or "{}"))
-        if isinstance(found, dict):
-            return {name: str(value) for name, value in found.items()}
-    return {}
+def unseen(kept: bytes, total: int, seen: int) -> bytes:
+    """What follows the first `seen` bytes of a stream of `total` bytes, of which `kept`
+    is there: as Output.kept made it."""
+    head, mark, tail = kept.partition(cut_mark(total))
+    if total - seen <= len(tail) or not mark:
+        return (tail or head)[-(total - seen):] if total > seen else b""
+    return head[seen:] + mark + tail
+
+def some_of(names: Sequence[str]) -> str:
+    """The first of `names`, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 def states_of(database: Database, ids: Sequence[str]) -> dict[str, str]:
     """The present states of some jobs."""
@@ -2608,13 +2983,18 @@ class Doorbell:
 READ_BYTES = 65536
 FIRST_FLUSH_S, NEXT_FLUSH_S = 0.05, 1.0
 STRAY_CHECK_S = 0.05
+FOLLOWED_LIMITS = 4
 OOM_SCORE_ADJ = 500
 MARK = "QUEUECTL_RUN"  # <token>-<seq>: in the environment of all that a run starts
 
 class Output:
-    """The first and the last part of a stream, within `limit` bytes, the cut marked."""
+    """The first and the last part of a stream, within `limit` bytes, the cut marked.
+
+    While it goes on, FOLLOWED_LIMITS times that is there for those who follow it: they
+    lose nothing even if they miss a flush.
+    """
     def __init__(self, limit: int) -> None:
-        self._head_max, self._tail_max = limit // 2, limit - limit // 2
+        self._limit, self._head_max = limit, limit // 2
         self._head, self._tail = bytearray(), bytearray()
         self.total = 0
 
@@ -2622,15 +3002,19 @@ class Output:
         self.total += len(data)
         room = self._head_max - len(self._head)
         self._head += data[:room]
-        self._tail += data[room:][-self._tail_max - 1:]
-        if len(self._tail) > 2 * self._tail_max + READ_BYTES:
-            del self._tail[:-self._tail_max - 1]
+        self._tail += data[room:]
+        most = FOLLOWED_LIMITS * self._limit
+        if len(self._tail) > most + 2 * READ_BYTES:
+            del self._tail[:-most - 1]
 
-    def kept(self) -> bytes:
-        if self.total <= self._head_max + self._tail_max:
+    def kept(self, to_follow: bool = False) -> bytes:
+        tail_max = self._limit - self._head_max
+        if to_follow:
+            tail_max = FOLLOWED_LIMITS * self._limit
+        if self.total <= self._head_max + tail_max:
             return bytes(self._head + self._tail)
-        mark = b"\n[queuectl: %d bytes in all, the middle is left out]\n" % self.total
-        room = self._tail_max - len(mark)
+        mark = cut_mark(self.total)
+        room = tail_max - len(mark)
         return bytes(self._head + mark + (self._tail[-room:] if room > 0 else b""))
 
 class Launchpad:
@@ -2694,7 +3078,7 @@ class Process:
         self.failure = ""  # why it did not start
         self.pid, self._started = 0, time.monotonic()
         self.check_at = self._started + job.timeout_s if job.timeout_s else math.inf
-        self._kill_at = math.inf
+        self._kill_at = self._shown_at = math.inf
         self.pipe = write_end = -1
         try:
             self.pipe, write_end = os.pipe()
@@ -2740,13 +3124,26 @@ class Process:
         os.close(self.pipe)
         self.pipe = -1
 
-    def flush(self) -> Flush | None:
+    def flush(self) -> Ended | None:
         """The output so far, if there is some that was not flushed."""
         self.flush_at = math.inf
         if self.output.total == self._flushed_bytes:
             return None
         self._flushed_bytes = self.output.total
-        return Flush(self.job.held, self.output.kept(), self.output.total)
+        return self.job.held, End(None, output=self.output.kept(True),
+                                  output_bytes=self.output.total)
+
+    def shown(self, now: float) -> bool:
+        """Whether those who follow a run that is gone have had the time to read what
+        the final cut leaves out."""
+        if math.isinf(self._shown_at):
+            unseen_bytes = self.output.total - self._flushed_bytes
+            limit = self.settings.output_limit
+            cut = self.output.total > limit and unseen_bytes > limit // 4
+            self._shown_at = now + FOLLOWED_S * cut
+            if cut:
+                self.flush_at, self.check_at = now, self._shown_at
+        return now >= self._shown_at
 
     def end(self, cause: Reason | None) -> None:
         """Begin to end the run: TERM to its group. The first cause stands."""
@@ -3417,7 +3814,7 @@ class Worker:
             self._end_all(Reason.HANDED_BACK)
         for process in list(self.processes.values()):
             process.tick(now)
-            if process.gone:
+            if process.gone and process.shown(now):
                 del self.processes[process.pid]
                 self._settle(process)
 
@@ -4076,6 +4473,22 @@ def put(text: str) -> None:
 def put_json(document: Json) -> None:
     print(json.dumps(document))
 
+def put_output(pieces: Iterable[bytes]) -> None:
+    """A job's output: raw on a pipe; on a terminal control characters are shown."""
+    import codecs
+
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    text = "\n"
+    for piece in pieces:
+        if sys.stdout.isatty():
+            text = decode(piece).translate(MULTILINE) or text
+            sys.stdout.write(text)
+        else:
+            sys.stdout.buffer.write(piece)
+        sys.stdout.flush()
+    if not text.endswith("\n"):
+        put("")
+
 def columns_of(text: str) -> int:
     """How many columns a terminal gives `text`."""
     if text.isascii():
@@ -4140,6 +4553,166 @@ def put_table(titles: Sequence[str], rows: Iterable[Sequence[object]],
         if number == 0:
             put(rule(middle))
     put(rule(bottom))
+
+def put_rows(rows: Sequence[Mapping[str, Json]], as_json: bool, titles: Sequence[str],
+             keys: Sequence[str], spare: Sequence[str] = ()) -> None:
+    """Rows for programs, an object a line, or as a table of these keys."""
+    if as_json:
+        for row in rows:
+            put_json(dict(row))
+    else:
+        shown = {True: "yes", False: ""}
+        put_table(titles, [[shown[cell] if isinstance(cell := row[key], bool) else cell
+                            for key in keys] for row in rows], spare)
+
+
+# ---- explain -----------------------------------------------------------------
+#
+# Why a job is where it is: one sentence, with the numbers.
+
+TIMES_WORDS = ("never", "once", "twice", "three times", "four times", "five times")
+
+def explain(desk: Office, job_id: str) -> tuple[View, str]:
+    """A job, and the sentence; Problem if there is no such job."""
+    [now] = desk.database.rows(lambda now: now, "SELECT UTC_TIMESTAMP(6)")
+    found = desk.whole(job_id)
+    return found.view, _Explanation(desk, found, now).sentence()
+
+class _Explanation:
+    def __init__(self, desk: Office, job: Whole, now: datetime.datetime) -> None:
+        self.desk, self.job, self.view, self.now = desk, job, job.view, now
+
+    def sentence(self) -> str:
+        view, ago = self.view, self._ago(self.view.finished_at)
+        if view.state == State.PENDING:
+            return self._pending()
+        if view.state == State.PROCESSING:
+            return self._processing()
+        if view.state == State.BLOCKED:
+            return self._blocked()
+        if view.state in (State.SCHEDULED, State.FAILED):
+            return self._later()
+        if view.state == State.DEAD:
+            return f"{self._dead()}, {ago}"
+        took = "" if view.duration is None else f" in {say_duration(view.duration)}"
+        where = f" on {self._host()}" if view.worker else ""
+        return f"{view.state}{where}{took}, {ago}"
+
+    def _rows(self, statement: str, *values: object) -> list[tuple[str, ...]]:
+        return self.desk.database.rows(lambda *row: row, statement, *values)
+
+    def _ago(self, moment: Moment) -> str:
+        return f"{self._since(moment)} ago"
+
+    def _since(self, moment: Moment) -> str:
+        return say_duration(abs((self.now - (moment or self.now)).total_seconds()))
+
+    def _host(self, worker: str = "") -> str:
+        """The host of a worker; of one whose row is gone, its id names it."""
+        worker = worker or str(self.view.worker)
+        found = self._rows("SELECT host FROM workers WHERE id = %s", worker)
+        return found[0][0] if found else worker.rpartition("-")[0]
+
+    def _attempt(self, number: int) -> str:
+        return f"attempt {number} of {max(self.view.allowed, number)}"
+
+    def _later(self) -> str:
+        view, next_one = self.view, self._attempt(self.view.attempts + 1)
+        if view.next_run_at and view.next_run_at <= self.now:
+            return f"due ({next_one}): {self._pending()}"
+        failed = f"; {self._outcome(1)}" if view.state == State.FAILED else ""
+        unserved = self._unserved()
+        return (f"due in {self._since(view.next_run_at)} ({next_one}){failed}"
+                + f"; then {unserved}" * bool(unserved))
+
+    def _serving(self) -> list[dict[str, Json]]:
+        return [worker for worker in self.desk.workers() if worker["state"] == "running"
+                and self.view.queue in (as_list(worker["queues"]) or [self.view.queue])]
+
+    def _unserved(self) -> str:
+        name = self.view.queue
+        return "" if self._serving() else (
+            f"no live worker serves queue `{name}`; start one: "
+            f"queuectl worker start --queue {name}")
+
+    def _pending(self) -> str:
+        view, name, busy = self.view, self.view.queue, f"queue `{self.view.queue}`"
+        for limit, paused in self._rows("SELECT max_running, paused_at FROM queues "
+                                        "WHERE name = %s", name):
+            if paused:
+                return f"{busy} paused; resume it: queuectl queue resume {name}"
+            running = [str(one[0]) for one in self._rows(
+                "SELECT id FROM jobs WHERE state = 'processing' AND queue = %s", name)]
+            if limit is not None and len(running) >= int(limit):
+                by = f" by {some_of(running)}" if running else ""
+                return f"limit {limit} of `{name}` reached{by}{self._ahead()}"
+        unserved = self._unserved()
+        if unserved:
+            return unserved
+        if self._rows("SELECT 1 FROM jobs WHERE seq = %s AND losses >= %s", view.seq,
+                      ALONE_AFTER_LOSSES):
+            return "lost with its worker twice: it runs alone, once a worker is idle"
+        slots, taken = (sum(int(str(one[key])) for one in self._serving())
+                        for key in ("slots", "busy"))
+        free = f"{slots - taken} of {slots} slots that serve {busy} are free"
+        return f"{self._ahead()[2:] or 'next in ' + busy}; {free}"
+
+    def _ahead(self) -> str:
+        view = self.view
+        [count] = self.desk.database.rows(
+            int, "SELECT COUNT(*) FROM (SELECT 1 FROM jobs FORCE INDEX (jobs_claim) "
+            "WHERE state = 'pending' AND queue = %s AND (claim_order < %s OR "
+            f"(claim_order = %s AND seq < %s)) LIMIT {COUNTED_UP_TO}) AS ahead",
+            view.queue, -view.priority, -view.priority, view.seq)
+        more = f"{count:,}" + "+" * (count == COUNTED_UP_TO)
+        return f"; {more} job{'s' * (count != 1)} ahead in queue `{view.queue}`" \
+            if count else ""
+
+    def _processing(self) -> str:
+        view = self.view
+        limit = f", time limit {say_duration(view.timeout)}" if view.timeout else ""
+        text = (f"runs on {self._host()} for {self._since(view.started_at)} "
+                f"({self._attempt(view.attempts)}{limit})")
+        for asked, beat_at, lease in self.desk.database.rows(
+                lambda *row: row, "SELECT cancel_requested_at, heartbeat_at, lease "
+                "FROM jobs LEFT JOIN workers ON workers.id = worker WHERE seq = %s",
+                view.seq):
+            if asked:
+                text += f"; cancelled {self._ago(asked)}, its worker is to end it"
+            if not beat_at or (self.now - beat_at).total_seconds() > lease / 2:
+                silent = self._since(beat_at) if beat_at else "its end"
+                text += (f"; its worker {view.worker} is silent since {silent}, lost "
+                         f"after {say_duration(lease or 0)} if another is there to see")
+        return text
+
+    def _blocked(self) -> str:
+        unmet = self._rows(f"SELECT id, state, worker FROM {PARENTS} WHERE child = %s "
+                           f"AND NOT {MET} ORDER BY parent", self.view.seq)
+        if not unmet:
+            return "being enqueued together with many others"
+        told = [f"{name}, which " + (f"runs on {self._host(worker)}" if state ==
+                                     State.PROCESSING else f"is {state}")
+                for name, state, worker in unmet[:3]]
+        more = f" and {len(unmet) - 3} more" if len(unmet) > 3 else ""
+        return f"waits for {'; '.join(told)}{more}"
+
+    def _outcome(self, times: int) -> str:
+        view = self.view
+        what = f"{view.reason} {view.exit_code}" if view.reason == Reason.EXIT \
+            else str(view.reason)
+        often = TIMES_WORDS[times] if times < len(TIMES_WORDS) else f"{times} times"
+        return f"{what} {often}"
+
+    def _dead(self) -> str:
+        view, times = self.view, 0
+        for run in self.job.history:
+            times += (run.reason, run.exit_code) == (view.reason, view.exit_code)
+        [(line,)] = self._rows("SELECT last_line FROM dlq WHERE seq = %s",
+                               view.seq) or [("",)]
+        if view.reason == Reason.DEPENDENCY:
+            return f"dead: {line}"
+        last = f', last line "{line}"' if line else ""
+        return f"dead: {self._outcome(times)}{last}"
 
 
 # ---- bench -------------------------------------------------------------------
@@ -4312,9 +4885,14 @@ LIMIT = arg("--limit", type=option(whole(0, 10**9)), metavar="N",
             help="at most so many rows; 0: all (default 100, with --json all)")
 PID_FILE = arg("--pid-file", metavar="FILE",
                help="the daemon's PID file (default $PID_FILE or ./workers.pid)")
+def option_of(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+COMMAND_OPTION = arg("-c", dest="command", metavar="CMD", help="a shell command",
+                     type=option(COMMAND))
 JOB_OPTIONS = tuple(
-    arg("--" + name.replace("_", "-"), dest=name, help=key.help, metavar=key.metavar,
-        **({"action": "append"} if name == "env" else {"type": option(key.kind)}))
+    arg(option_of(name), dest=name, help=key.help, metavar=key.metavar,
+        **({"action": "append"} if name in REPEATABLE else {"type": option(key.kind)}))
     for name, key in JOB_KEYS.items() if name != "command")
 
 def open_database(policy: Policy) -> Database:
@@ -4332,19 +4910,22 @@ def office(policy: Policy = READING) -> Iterator[Office]:
         configured = configure(Environment.read(), read_config(database))
         yield Office(database, configured.settings)
 
-def report(desk: Office, results: Iterable[Result], as_json: bool) -> int:
-    """Print what came of a verb on each job, and tell the workers; 1 if one failed."""
+def report(results: Iterable[Result], as_json: bool, desk: Office | None = None) -> int:
+    """Print what came of a verb on each job, and tell the workers of `desk`; 1 if one
+    failed."""
     status = 0
     for result in results:
         if as_json:
             put_json({"id": result.id, "ok": result.ok, "state": result.state,
-                      "error": result.error})
+                      "error": None if result.ok else result.error})
         elif result.ok:
             put(f"job {result.id} {result.note}")
         else:
             _whisper(f"{result.error}")
+        sys.stdout.flush()
         status |= not result.ok
-    ring(desk.database)
+    if desk:
+        ring(desk.database)
     return status
 
 # -- enqueue
@@ -4352,8 +4933,7 @@ def report(desk: Office, results: Iterable[Result], as_json: bool) -> int:
 @command(
     "enqueue",
     arg("document", nargs="?", metavar="JSON", help="a job, or an array; - is -f -"),
-    arg("-c", dest="command", metavar="CMD", type=option(JOB_KEYS["command"].kind),
-        help="a shell command"),
+    COMMAND_OPTION,
     arg("-f", dest="file", metavar="FILE", help="JSON jobs, one a line; - is input"),
     arg("--lines", metavar="FILE", help="commands, one a line; - is input"),
     *JOB_OPTIONS,
@@ -4373,14 +4953,16 @@ def enqueue_jobs(args: argparse.Namespace) -> None:
     spool = _spool_jobs(args, _job_defaults(args))
     if len(spool):
         with contextlib.closing(open_database(WRITING)) as database:
-            enqueue(database, spool, args.if_absent)
+            held = enqueue(database, spool, args.if_absent)
             ring(database, len(spool), spool.queues)
             if not args.quiet:
-                _print_ids(database, spool, args)
+                _print_ids(database, spool, args, held)
 
 def _job_defaults(args: argparse.Namespace) -> dict[str, object]:
     values = {name: getattr(args, name) for name in JOB_KEYS
               if name not in ("command", "env") and getattr(args, name) is not None}
+    for name in NEEDS.keys() & values.keys():
+        values[name] = JOB_IDS.read_json(values[name], option_of(name))
     if args.env:
         pairs = [text.partition("=") for text in args.env]
         if not all(name and sign for name, sign, _ in pairs):
@@ -4425,12 +5007,15 @@ def _opened_input(path: str) -> contextlib.AbstractContextManager[IO[bytes]]:
     except OSError as error:
         raise Problem(f"cannot read {path}: {error.strerror}", status=USAGE) from None
 
-def _print_ids(database: Database, spool: Spool, args: argparse.Namespace) -> None:
-    """The ids, a page at a time; with --if-absent the states as they are now."""
-    jobs = ((str(job["id"]), str(job.get("state", State.PENDING))) for job in spool)
-    while page := list(itertools.islice(jobs, PAGE)):
+def _print_ids(database: Database, spool: Spool, args: argparse.Namespace,
+               held: Mapping[str, str]) -> None:
+    """The ids, `held` giving those that stand for another; with --if-absent or a job
+    that waits for others, the states as they are now."""
+    jobs = ((held.get(str(job["id"]), str(job["id"])),
+             str(job.get("state", State.PENDING))) for job in spool)
+    for page in pages(jobs):
         now = {}
-        if args.if_absent and args.json:
+        if (args.if_absent or spool.linked) and args.json:
             now = states_of(database, [job_id for job_id, _ in page])
         for job_id, state in page:
             if args.json:
@@ -4507,8 +5092,7 @@ def worker_stop(args: argparse.Namespace) -> int:
         with contextlib.suppress(Problem), \
                 contextlib.closing(Database(find_target(environment), policy)) as base:
             ids = Office(base, Settings()).running_under(socket.gethostname(), pid)
-            more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
-            return f", waiting for {', '.join(ids[:5])}{more}" if ids else ""
+            return f", waiting for {some_of(ids)}" if ids else ""
         return ""
     path = args.pid_file or _pid_file(environment)
     return stop_daemon(path, args.now, args.timeout, waits_for)
@@ -4674,24 +5258,119 @@ def _why(run: Run) -> str:
     """How a run ended, with what is to be said of it."""
     return f"{run.reason or 'running'}{': ' * bool(run.detail)}{run.detail or ''}"
 
-@command("logs", ID, examples=("logs my-first-job", "logs my-first-job > out.bin"))
+@command(
+    "logs", ID, arg("-f", "--follow", action="store_true",
+                    help="go on until the job has ended, whatever host it runs on"),
+    arg("--run", type=option(whole(1, 2**31)), metavar="N",
+        help="of this run, as show numbers them (default: the last)"),
+    examples=("logs my-first-job", "logs -f my-first-job", "logs my-job > out.bin"))
 def logs(args: argparse.Namespace) -> None:
     """Print the output of a job's last run; raw on a pipe."""
-    with office() as desk:
+    with office(WRITING) as desk:
         whole_job = desk.whole(args.id)
-    if sys.stdout.isatty():
-        text = whole_job.output.decode("utf-8", "replace")
-        put(text.translate(MULTILINE).rstrip("\n"))
-    else:
-        sys.stdout.buffer.write(whole_job.output)
-    if not whole_job.history:
+        runs = [run.run for run in whole_job.history]
+        if args.run and args.run not in runs:
+            kept = ", ".join(map(str, runs)) or "none"
+            raise Problem(f"job {args.id} has no run {args.run} to show: {kept}",
+                          f"see: queuectl show {args.id}")
+        if args.follow:
+            first = args.run or max(runs, default=0)
+            put_output(desk.follow(args.id, first))
+        elif args.run:
+            put_output([desk.output(whole_job.view.seq, args.run)])
+        else:
+            put_output([whole_job.output])
+    if not whole_job.history and not args.follow:
         say(f"job {args.id} is {whole_job.view.state} and has not run yet")
+
+@command(
+    "wait", arg("ids", nargs="+", metavar="ID", help="a job's id; - reads them"),
+    arg("--any", action="store_true", help="until one has ended"),
+    arg("--timeout", type=option(duration()), default=math.inf, metavar="D",
+        help="wait no longer than this: exit 124"),
+    AS_JSON, examples=("wait build test --timeout 10m",
+                       "enqueue --lines commands.txt | queuectl wait -"))
+def wait(args: argparse.Namespace) -> int:
+    """Wait until jobs have ended; exit 0 if all completed.
+
+    Exit 1 if one ended otherwise, 124 if --timeout ran out.
+    """
+    ids = [word for one in args.ids for word in
+           (sys.stdin.read().split() if one == "-" else [one])]
+    with office(WRITING) as desk:
+        return report(desk.wait(ids, args.any, args.timeout), args.json)
+
+@command(
+    "run", COMMAND_OPTION, *JOB_OPTIONS,
+    examples=("run -- make test", "run -c 'make && make install' --queue build"))
+def run_here(args: argparse.Namespace) -> int:
+    """Enqueue a command, show its output, leave with its status.
+
+    No retries, no time limit, and this directory, unless told. Ctrl-C cancels it.
+    """
+    given = {"max_retries": 0, "timeout": 0, "cwd": os.getcwd(), **_job_defaults(args)}
+    if bool(args.command) == bool(args.rest):
+        raise Problem("run takes -c CMD, or -- PROG ARG…", "see: queuectl help run",
+                      USAGE)
+    spool = Spool()
+    spool.add(check_job({"command": args.command or shlex.join(args.rest)}, given))
+    with office(WRITING) as desk:
+        enqueue(desk.database, spool, False)
+        ring(desk.database, 1, spool.queues)
+        cancelled = False
+        try:
+            put_output(desk.follow(spool.first_id, 0, functools.partial(
+                _say_why, desk, spool.first_id)))
+        except KeyboardInterrupt:
+            cancelled = True
+            _whisper(f"cancelling job {spool.first_id}; again leaves it to its worker")
+            desk.cancel(spool.first_id)
+            ring(desk.database)
+            any(desk.wait([spool.first_id], False, math.inf))
+        view = desk.whole(spool.first_id).view
+        if cancelled:
+            return INTERRUPTED
+        if view.state != State.COMPLETED and view.reason != Reason.EXIT:
+            _whisper(f"job {view.id}: {explain(desk, view.id)[1]}")
+        return CANNOT if view.exit_code is None else view.exit_code
+
+def _say_why(desk: Office, job_id: str) -> None:
+    _whisper(f"job {job_id} has not started: {explain(desk, job_id)[1]}")
+
+@command("explain", ID, AS_JSON, examples=("explain my-first-job",))
+def explain_job(args: argparse.Namespace) -> None:
+    """Say in one sentence why a job is where it is."""
+    with office() as desk:
+        view, why = explain(desk, args.id)
+    if args.json:
+        put_json({"id": view.id, "state": view.state, "why": why})
+    else:
+        put(f"job {view.id}: {escaped(why)}")
+
+@command("retry", IDS, AS_JSON, examples=("retry my-first-job", "retry a b c"))
+def retry(args: argparse.Namespace) -> int:
+    """Run failed jobs now; put dead and cancelled ones back."""
+    with office(WRITING) as desk:
+        return report((desk.revive(one, "retry") for one in args.ids), args.json, desk)
+
+@command("rerun", ID, COMMAND_OPTION, AS_JSON,
+         examples=("rerun my-first-job", "rerun my-first-job -c 'echo hello again'"))
+def rerun(args: argparse.Namespace) -> None:
+    """Enqueue a new job like an old one; print its id."""
+    with office(WRITING) as desk:
+        spool, values = Spool(), desk.like(args.id)
+        spool.add(complete_job({**values, "command": args.command or values["command"]},
+                               {}))
+        enqueue(desk.database, spool, False)
+        ring(desk.database, 1, spool.queues)
+        args.if_absent = False
+        _print_ids(desk.database, spool, args, {})
 
 @command("cancel", IDS, AS_JSON, examples=("cancel my-first-job", "cancel a b c"))
 def cancel(args: argparse.Namespace) -> int:
     """Cancel jobs: waiting ones now, running ones by their worker."""
     with office(WRITING) as desk:
-        return report(desk, map(desk.cancel, args.ids), args.json)
+        return report(map(desk.cancel, args.ids), args.json, desk)
 
 def _read_age(text: str) -> str:
     with contextlib.suppress(ValueError):
@@ -4748,13 +5427,34 @@ def bench(args: argparse.Namespace) -> None:
 
 # -- dead letters
 
-@command("dlq list", LIMIT, AS_JSON, examples=("dlq list", "dlq list --json"))
+FILTERS = (
+    arg("--reason", metavar="R", help="only what died of this (exit, timeout, …)"),
+    arg("--exit-code", type=option(whole(0, 255)), metavar="N", help="only with this"),
+    arg("--match", metavar="TEXT", help="only with this in the command or last line"),
+    arg("--since", type=option(AGE), metavar="D|TIME",
+        help="only what died no longer ago than D, or since TIME"))
+
+def _filter(args: argparse.Namespace) -> Filter:
+    if args.reason is not None and args.reason not in list(Reason):
+        raise Problem(f"--reason: no such reason: {excerpt(args.reason)}",
+                      nearest(args.reason, Reason) or f"reasons: {', '.join(Reason)}",
+                      USAGE)
+    wanted = [("dlq.reason = %s", args.reason), ("dlq.exit_code = %s", args.exit_code),
+              ("LOCATE(%s, CONCAT_WS('\\n', command, last_line)) > 0", args.match)]
+    if args.since:
+        wanted.append((f"died_at >= {args.since} AND %s", 1))
+    found = [(part, value) for part, value in wanted if value is not None]
+    return Filter(" AND ".join(["TRUE", *(part for part, _ in found)]),
+                  [value for _, value in found])
+
+@command("dlq list", *FILTERS, LIMIT, AS_JSON,
+         examples=("dlq list", "dlq list --exit-code 3 --since 2h --json"))
 def dlq_list(args: argparse.Namespace) -> None:
     """List the dead jobs, the last to die first."""
-    limit = _limit(args)
+    limit, only = _limit(args), _filter(args)
     with office() as desk:
-        letters = desk.dead_letters(limit)
-        total = desk.count_dead_letters() if len(letters) == limit else len(letters)
+        letters = desk.dead_letters(limit, only)
+        total = desk.count_dead_letters(only) if len(letters) == limit else len(letters)
     if args.json:
         for view, died_at in letters:
             put_json({**view.as_json(), "died_at": say_time(died_at)})
@@ -4765,20 +5465,87 @@ def dlq_list(args: argparse.Namespace) -> None:
                for view, died_at in letters], spare=["Died", "Queue", "Exit"])
     _say_total(len(letters), total)
 
+@command("dlq groups", AS_JSON, examples=("dlq groups",))
+def dlq_groups(args: argparse.Namespace) -> None:
+    """Count dead jobs that are alike, whatever their digits."""
+    with office() as desk:
+        put_rows(desk.dead_groups(), args.json,
+                 ["Count", "Exit", "Reason", "Last died", "Example", "Last line"],
+                 ["count", "exit_code", "reason", "last_died_at", "example",
+                  "last_line"], spare=["Last died", "Example"])
+
 @command(
-    "dlq retry", IDS,
+    "dlq retry", arg("ids", nargs="*", metavar="ID", help="the job's id"),
+    arg("--all", action="store_true", help="all of them"), *FILTERS,
     arg("--retries", type=option(whole(1, 1000)), default=1, metavar="N",
         help="grant so many more runs (default 1)"),
     arg("--reset", action="store_true", help="start the count of attempts again"),
-    AS_JSON, examples=("dlq retry my-first-job", "dlq retry a b --retries 3"))
+    arg("--dependents", action="store_true", help="and what died because of them"),
+    arg("--dry-run", action="store_true", help="only say which it would be"),
+    AS_JSON, examples=("dlq retry my-first-job", "dlq retry a b --retries 3",
+                       "dlq retry --reason timeout --since 1d --dry-run"))
 def dlq_retry(args: argparse.Namespace) -> int:
     """Put dead jobs back: due now, one more run granted.
 
     They keep their attempts, unless --reset starts the count again.
     """
+    only = _filter(args)
+    if sum((bool(args.ids), args.all, bool(only.values))) != 1:
+        raise Problem("dlq retry takes ids, or --all, or filters such as --exit-code",
+                      "see: queuectl help dlq retry", USAGE)
     with office(WRITING) as desk:
-        revived = (desk.revive(job_id, args.retries, args.reset) for job_id in args.ids)
-        return report(desk, revived, args.json)
+        ids = args.ids or desk.dead_ids(only)
+        if args.dry_run:
+            found = states_of(desk.database, ids)
+            return report((Result(
+                one, one in found, found.get(one), no_such_job(one).what,
+                "would be put back") for one in ids), args.json)
+
+        def revived() -> Iterator[Result]:
+            for job_id in ids:
+                yield desk.revive(job_id, "revive", args.retries, args.reset)
+                if args.dependents:
+                    yield from desk.revive_dependents(job_id)
+        return report(revived(), args.json, desk)
+
+# -- queues
+
+QUEUE = arg("name", metavar="NAME", type=option(QUEUE_NAME), help="the queue's name")
+
+@command("queue list", AS_JSON, examples=("queue list",))
+def queue_list(args: argparse.Namespace) -> None:
+    """Show depth, limit and pace of every queue in use."""
+    with office() as desk:
+        put_rows(desk.lines(), args.json,
+                 ["Queue", "Depth", "Running", "Limit", "Paused", "Per minute",
+                  "Oldest waiting"], ["queue", "depth", "running", "limit", "paused",
+                                      "per_minute", "oldest_waiting"])
+
+@command("queue limit", QUEUE,
+         arg("limit", metavar="N|none", help="jobs at once over all hosts"),
+         examples=("queue limit video 2", "queue limit video none"))
+def queue_limit(args: argparse.Namespace) -> None:
+    """Run at most N jobs of a queue at once, over all hosts."""
+    most = None
+    if args.limit != "none":
+        most = whole(0, 10**6).read(args.limit, "N (or none)")
+    with office(WRITING) as desk:
+        desk.limit(args.name, "max_running", most)
+        ring(desk.database)
+
+@command("queue pause", QUEUE, examples=("queue pause video",))
+def queue_pause(args: argparse.Namespace) -> None:
+    """Start no more jobs of a queue; those that run go on."""
+    with office(WRITING) as desk:
+        [now] = desk.database.rows(lambda now: now, "SELECT UTC_TIMESTAMP(6)")
+        desk.limit(args.name, "paused_at", now)
+
+@command("queue resume", QUEUE, examples=("queue resume video",))
+def queue_resume(args: argparse.Namespace) -> None:
+    """Start jobs of a paused queue again."""
+    with office(WRITING) as desk:
+        desk.limit(args.name, "paused_at", None)
+        ring(desk.database)
 
 # -- settings
 
@@ -4878,9 +5645,11 @@ def db_stop(args: argparse.Namespace) -> None:
 # One door in, one door out: main finds the command, builds its parser alone, runs it,
 # and turns a Problem into its message and exit status.
 
-GROUPS = (("jobs", ("enqueue", "list", "show", "logs", "cancel", "purge", "bench")),
+GROUPS = (("jobs", ("enqueue", "run", "list", "show", "explain", "logs", "wait",
+                    "cancel", "retry", "rerun", "purge", "bench")),
           ("workers", ("worker start", "worker stop", "worker list", "status")),
-          ("dead letters", ("dlq list", "dlq retry")),
+          ("queues", ("queue list", "queue limit", "queue pause", "queue resume")),
+          ("dead letters", ("dlq list", "dlq groups", "dlq retry")),
           ("settings", ("config set", "config get", "config unset", "config list")),
           ("database", ("db init", "db schema", "db start", "db stop")))
 
@@ -4949,8 +5718,8 @@ def run(argv: Sequence[str]) -> int:
             f"Python {sys.version.split()[0]}")
         return 0
     found, left = find_command(words)
-    # Only enqueue takes a program after --; elsewhere it ends the options.
-    words = left if found.name == "enqueue" else [*left, *rest]
+    # Two take a program after --; elsewhere it ends the options.
+    words = left if found.name in ("enqueue", "run") else [*left, *rest]
     args = parser_of(found).parse_intermixed_args(words)
     args.rest = rest
     return found.body(args) or 0
