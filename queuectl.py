@@ -2721,7 +2721,8 @@ class Office:
         ended = dict(self.database.rows(
             lambda *row: row, "SELECT queue, COUNT(*) FROM (SELECT job, finished_at "
             "FROM runs ORDER BY job DESC LIMIT 5000) AS latest JOIN jobs ON seq = job "
-            "WHERE latest.finished_at > UTC_TIMESTAMP(6) - INTERVAL 1 MINUTE GROUP BY queue"))
+            "WHERE latest.finished_at > UTC_TIMESTAMP(6) - INTERVAL 1 MINUTE "
+            "GROUP BY queue"))
         busy = {str(row["queue"]): row for row in self.queues()}
         none: dict[str, Json] = {}
         rows = []
@@ -2735,7 +2736,7 @@ class Office:
             rows.append({"queue": name, "depth": row.get(State.PENDING, 0),
                          "running": row.get(State.PROCESSING, 0), "limit": limit,
                          "paused": paused, "oldest_waiting": oldest[0],
-                         "per_minute": ended.get(name, 0)})
+                         "rate": ended.get(name, 0)})
         return rows
 
     def workers(self) -> list[dict[str, Json]]:
@@ -5517,9 +5518,9 @@ def queue_list(args: argparse.Namespace) -> None:
     """Show depth, limit and pace of every queue in use."""
     with office() as desk:
         put_rows(desk.lines(), args.json,
-                 ["Queue", "Depth", "Running", "Limit", "Paused", "Per minute",
+                 ["Queue", "Depth", "Running", "Limit", "Paused", "Rate/min",
                   "Oldest waiting"], ["queue", "depth", "running", "limit", "paused",
-                                      "per_minute", "oldest_waiting"])
+                                      "rate", "oldest_waiting"])
 
 @command("queue limit", QUEUE,
          arg("limit", metavar="N|none", help="jobs at once over all hosts"),
