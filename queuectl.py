@@ -22,6 +22,7 @@ The file reads downwards: a room uses only the rooms above it.
     server       a private MySQL for a machine without one
     screen       tables, JSON, escapes
     explain      why a job is where it is, in one sentence
+    check        what is off, and its remedy
     bench        measuring the queue
     commands     what a person can type
     main         one door in, one door out
@@ -235,12 +236,16 @@ KNOBS = {field.name: field for field in dataclasses.fields(Settings)}
 def variable_of(key: str) -> str:
     return f"QUEUECTL_{key.upper()}"
 
+Layer = Tuple[str, Mapping[str, str]]  # what it is called, and what it holds
+
 class Variable(NamedTuple):
     default: str
     help: str
 
 # What only the environment and .env may set.
 VARIABLES = {
+    "DATABASE_URL": Variable("", "all of the following in one: "
+                             "mysql://user:password@host:port/name?ssl-mode=required"),
     "DB_HOST": Variable("127.0.0.1", "server, or several with commas, each with an "
                         "optional :port; the first that takes writes is used"),
     "DB_PORT": Variable("3306", "port of those without one"),
@@ -292,8 +297,8 @@ def _dotenv_value(text: str, where: str) -> str:
 
 @dataclass(frozen=True)
 class Environment:
-    """Where variables are looked up, in order: (what it is called, what it holds)."""
-    layers: tuple[tuple[str, Mapping[str, str]], ...]
+    """Where variables are looked up, in order."""
+    layers: tuple[Layer, ...]
 
     @classmethod
     def read(cls) -> Environment:
@@ -348,7 +353,14 @@ LOCAL_SOCKETS = ("/run/mysqld/mysqld.sock", "/var/run/mysqld/mysqld.sock",
                  "/var/lib/mysql/mysql.sock", "/tmp/mysql.sock")
 PRIVATE_FOLDER = ".queuectl"
 PORT = whole(1, 65535)
+ADDRESS = {"DB_HOST", "DB_PORT", "DB_SOCKET"}
 ACCOUNT = {"DB_USER", "DB_PASSWORD", "DB_PASSWORD_FILE"}
+OPTION_FILES = ("/etc/my.cnf", "/etc/mysql/my.cnf", "~/.my.cnf")
+OPTION_GROUPS = {"client", "client-server", "client-mariadb", "queuectl"}
+OPTIONS = {"host": "DB_HOST", "port": "DB_PORT", "socket": "DB_SOCKET",
+           "user": "DB_USER", "password": "DB_PASSWORD", "database": "DB_NAME",
+           "ssl-mode": "DB_SSL_MODE", "ssl-ca": "DB_SSL_CA"}
+DEFAULTS_FILE = "DB_DEFAULTS_FILE"  # how main passes on --defaults-file
 Hosts = Tuple[Tuple[str, int], ...]
 
 @dataclass(frozen=True)
@@ -363,6 +375,7 @@ class Target:
     ssl_ca: str = ""
     source: str = "default"
     account_source: str = "default"
+    chosen: bool = False  # the environment or .env names it
 
     def __str__(self) -> str:
         where = self.socket or ",".join(f"{host}:{port}" for host, port in self.hosts)
@@ -385,13 +398,24 @@ def find_target(environment: Environment) -> Target:
     """The database to use: address and account, each whole from the first that says."""
     import getpass
 
-    hosts, sock, source = _find_address(environment)
-    layers = [*environment.layers]
-    if source == PRIVATE_FOLDER:
-        layers.append((PRIVATE_FOLDER, {"DB_USER": "root"}))
+    layers = [(source, expand_url(variables, source))
+              for source, variables in environment.layers]
+    told, folder = Environment(tuple(layers)), find_private_folder()
+    if folder:
+        own = {"DB_SOCKET": private_socket(folder), "DB_USER": "root"}
+        layers.append((PRIVATE_FOLDER, own))
+    if not any(map(names_address, layers)) \
+            or not any(ACCOUNT & layer[1].keys() for layer in layers):
+        layers.append(read_option_files(os.environ.get(DEFAULTS_FILE, "")))
+    nowhere: Layer = ("default", {})
+    source, address = next(filter(names_address, layers), nowhere)
     account_source, account = next(
-        (layer for layer in layers if ACCOUNT & layer[1].keys()), ("default", {}))
-    mode = environment.get("DB_SSL_MODE").lower()
+        (layer for layer in layers if ACCOUNT & layer[1].keys()
+         and (layer[0] != PRIVATE_FOLDER or source == PRIVATE_FOLDER)), nowhere)
+    hosts, sock = _address(address, source)
+    chosen = source in dict(told.layers)
+    rest = told if chosen else Environment((*told.layers, (source, address)))
+    mode = rest.get("DB_SSL_MODE").lower().replace("-", "_")
     if mode not in SSL_MODES:
         raise Problem(f"DB_SSL_MODE: expected {', '.join(SSL_MODES)}, "
                       f"not {excerpt(mode)}", nearest(mode, SSL_MODES), USAGE)
@@ -399,25 +423,116 @@ def find_target(environment: Environment) -> Target:
         user = account.get("DB_USER") or getpass.getuser()
     except (KeyError, OSError):
         raise Problem("this user id has no login name", "set DB_USER", USAGE) from None
-    return Target(hosts, sock, user, _password(account), environment.get("DB_NAME"),
-                  mode, environment.get("DB_SSL_CA"), source, account_source)
+    return Target(hosts, sock, user, _password(account), rest.get("DB_NAME"), mode,
+                  rest.get("DB_SSL_CA"), source, account_source, chosen)
 
-def _find_address(environment: Environment) -> tuple[Hosts, str, str]:
-    """(hosts, socket, source); the private server and the default come last."""
-    for source, variables in environment.layers:
-        host, port = variables.get("DB_HOST", ""), variables.get("DB_PORT", "")
-        sock = variables.get("DB_SOCKET", "")
-        if host == "localhost" and not port:
-            sock = sock or next(filter(os.path.exists, LOCAL_SOCKETS), "")
-        if sock:
-            return (), sock, source
-        if host or port:
-            default_port = PORT.read(port or "3306", f"DB_PORT ({source})")
-            return _hosts(host or "127.0.0.1", default_port), "", source
-    folder = find_private_folder()
-    if folder:
-        return (), private_socket(folder), PRIVATE_FOLDER
-    return (("127.0.0.1", 3306),), "", "default"
+def names_address(layer: Layer) -> bool:
+    return any(layer[1].get(name) for name in ADDRESS)
+
+def _address(variables: Mapping[str, str], source: str) -> tuple[Hosts, str]:
+    """(hosts, socket) of one source."""
+    host, port = variables.get("DB_HOST", ""), variables.get("DB_PORT", "")
+    sock = variables.get("DB_SOCKET", "")
+    if host == "localhost" and not port:
+        sock = sock or next(filter(os.path.exists, LOCAL_SOCKETS), "")
+    if sock:
+        return (), sock
+    default_port = PORT.read(port or "3306", f"DB_PORT ({source})")
+    return _hosts(host or "127.0.0.1", default_port), ""
+
+def expand_url(variables: Mapping[str, str], source: str) -> Mapping[str, str]:
+    """The variables, with what DATABASE_URL says and they do not: address and account
+    each whole."""
+    url = variables.get("DATABASE_URL", "")
+    if not url:
+        return variables
+    from urllib.parse import parse_qsl, unquote, urlsplit
+
+    wrong = Problem(f"DATABASE_URL ({source}) cannot be read",  # it holds a password
+                    "expected mysql://user:password@host:port/name", USAGE)
+    try:
+        parts = urlsplit(url)
+        query = {name.replace("_", "-").replace("sslmode", "ssl-mode"): value
+                 for name, value in parse_qsl(parts.query, strict_parsing=bool(
+                     parts.query))}
+    except ValueError:
+        raise wrong from None
+    account, at, host = parts.netloc.rpartition("@")
+    user, colon, password = account.partition(":")
+    host = unquote(host)
+    odd = [name for name in query if name.startswith("ssl") and name not in OPTIONS]
+    if not re.fullmatch(r"(mysql2?|mariadb)(\+\w+)?", parts.scheme) or odd:
+        raise wrong
+    if host.startswith("/"):
+        query["socket"] = host
+    said = {OPTIONS[name]: value for name, value in query.items() if name in OPTIONS}
+    if host and not host.startswith("/"):
+        said["DB_HOST"] = host
+    if at:
+        said["DB_USER"] = unquote(user)
+    if colon:
+        said["DB_PASSWORD"] = unquote(password)
+    if parts.path.strip("/"):
+        said["DB_NAME"] = unquote(parts.path.strip("/"))
+    beside = {name for name, value in variables.items() if value}
+    for group in (ADDRESS, ACCOUNT):
+        beside |= group if group & beside else set()
+    return {**variables, **{name: value for name, value in said.items()
+                            if name not in beside}}
+
+def read_option_files(only: str) -> Layer:
+    """What MySQL's option files say to clients, and which of them; `only`: that one."""
+    if only and not os.access(only, os.R_OK):
+        raise Problem(f"--defaults-file: cannot read {only}", status=USAGE)
+    found: dict[str, str] = {}
+    sources = []
+    for path in [only] if only else map(os.path.expanduser, OPTION_FILES):
+        said = dict(_read_options(path, 0))
+        found.update(said)
+        sources += [path] * bool(said)
+    return ", ".join(sources) or "default", found
+
+def _read_options(path: str, depth: int) -> Iterator[tuple[str, str]]:
+    """The variables and values of an option file and what it includes, in their order.
+    As mysql does, what cannot be read, or anybody may write, is passed over."""
+    try:
+        if os.stat(path).st_mode & 0o002 and os.path.isfile(path):
+            return
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            lines = [line.strip() for line in file]
+    except OSError:
+        return
+    wanted = False
+    for line in lines:
+        included = re.fullmatch(r"!include(dir)?\s+(.+)", line)
+        group = re.match(r"\[\s*([^\]]*?)\s*\]", line)
+        if included and depth < 10:
+            names = [included[2]]
+            if included[1]:
+                with contextlib.suppress(OSError):
+                    names = [os.path.join(included[2], name) for name in
+                             sorted(os.listdir(included[2])) if name.endswith(".cnf")]
+            for name in names:
+                yield from _read_options(name, depth + 1)
+        elif group:
+            wanted = group[1] in OPTION_GROUPS
+        elif wanted and line[:1] not in ("", "#", ";"):
+            name, _, value = line.partition("=")
+            name = name.strip().replace("_", "-")
+            if name.startswith("loose-"):
+                name = name[6:]
+            if name in OPTIONS:
+                yield OPTIONS[name], _option_value(value.strip())
+
+def _option_value(text: str) -> str:
+    """A value without its comment, its quotes, and MySQL's escapes."""
+    part = r"""(?:'(?:\\.|[^'\\])*(?:'|$)|"(?:\\.|[^"\\])*(?:"|$)|[^#'"])*"""
+    found = re.match(part, text)
+    text = found[0].strip() if found else ""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
+    meant = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "s": " "}
+    return re.sub(r"""\\([ntrbs\\'"])""", lambda m: meant.get(m[1], m[1]), text)
 
 def _hosts(text: str, default_port: int) -> Hosts:
     found = []
@@ -990,7 +1105,7 @@ class Database:
         problem.sent = sent
         hopeless = not math.isinf(self.policy.patience_s) and (
             trouble is Trouble.SETUP
-            or (self.target.source in ("default", PRIVATE_FOLDER) and _refused(error)))
+            or (not self.target.chosen and _refused(error)))
         longest = 0.5 if trouble is Trouble.REPEAT else LONGEST_PAUSE_S
         pause = min(longest, 0.01 * 2 ** min(tries, 12)) * random.uniform(0.5, 1)
         if trouble is Trouble.CROWDED:
@@ -1128,20 +1243,46 @@ class _Driver:
             import pymysql
         except ImportError as error:
             raise Problem(f"PyMySQL is missing for {sys.executable} ({error})",
-                          "install it: apt install python3-pymysql, or: "
-                          f"{sys.executable} -m pip install PyMySQL",
-                          UNAVAILABLE) from None
+                          how_to_install(), UNAVAILABLE) from None
         self.version = ".".join(str(part) for part in pymysql.VERSION[:3])
+        if pymysql.VERSION[:3] < PYMYSQL_NEEDED:
+            needed = ".".join(map(str, PYMYSQL_NEEDED))
+            raise Problem(f"PyMySQL {self.version} of {sys.executable} is too old: "
+                          f"{needed} is needed", how_to_install(), UNAVAILABLE)
         self.connect = pymysql.connect
         self.MySQLError = pymysql.err.MySQLError
         self.OperationalError = pymysql.err.OperationalError
         self.ProgrammingError = pymysql.err.ProgrammingError
 
+PYMYSQL_NEEDED = (1, 0, 2)
+PACKAGES = {"apt-get": "apt install python3-pymysql",
+            "dnf": "dnf install python3-PyMySQL", "apk": "apk add py3-pymysql",
+            "zypper": "zypper install python3-PyMySQL",
+            "pacman": "pacman -S python-pymysql"}
+
+def how_to_install() -> str:
+    """How this system gets PyMySQL."""
+    import shutil
+
+    own = next((line for tool, line in PACKAGES.items() if shutil.which(tool)), "")
+    return ("install it: " + f"{own}, or: " * bool(own)
+            + f"{sys.executable} -m pip install PyMySQL")
+
+def use_own_environment() -> None:
+    """Go on under the .venv beside the script, where PyMySQL is missing here."""
+    import importlib.util
+
+    folder = os.path.join(os.path.dirname(os.path.realpath(__file__)), ".venv")
+    python = os.path.join(folder, "bin", "python3")
+    if importlib.util.find_spec("pymysql") is None and os.access(python, os.X_OK) \
+            and os.path.realpath(sys.prefix) != os.path.realpath(folder):
+        os.execv(python, [python, os.path.abspath(__file__), *sys.argv[1:]])
+
 def driver_version() -> str:
     try:
         return _Driver().version
-    except Problem:
-        return "missing"
+    except Problem as problem:
+        return "missing" if "missing" in problem.what else "too old"
 
 def diagnose(error: Exception) -> tuple[Trouble, int]:
     """The class of a PyMySQL error, and its code."""
@@ -1175,17 +1316,20 @@ def explain_error(target: Target, error: Exception) -> Unreachable:
         hint = "run: queuectl db init"
     elif code in (1044, 1142, 1143):
         what = f"the account {account} lacks a right in {place}: {text}"
-        hint = "grant it, or use another account"
+        hint = ("grant it (README, Accounts), or use another account; an administrator "
+                "makes the tables by: queuectl db schema | mysql -u root -p")
     elif code in (2026, 2059, 3159):
         what = f"no secure connection to {place}: {text}"
         hint = "check DB_SSL_MODE and DB_SSL_CA"
     elif _refused(error) and target.source == PRIVATE_FOLDER:
         what = f"the private server of {place} is stopped"
         hint = "run: queuectl db start"
-    elif _refused(error) and target.source == "default":
-        what = ("no database is configured, and no server answers at 127.0.0.1:3306; "
-                "looked in the environment (DB_HOST, DB_SOCKET), ./.env, .env beside "
-                f"the script and ./{PRIVATE_FOLDER}")
+    elif _refused(error) and not target.chosen:
+        where = str(target).partition(" at ")[2]
+        where += f" (from {target.source})" if target.source != "default" else ""
+        what = (f"no database is configured, and no server answers at {where}; "
+                "looked in the environment (DATABASE_URL, DB_HOST, DB_SOCKET), ./.env, "
+                f".env beside the script, ./{PRIVATE_FOLDER} and MySQL's option files")
         hint = ("set DB_HOST, DB_USER and DB_PASSWORD, or start a private server: "
                 "queuectl db start")
     else:
@@ -2751,6 +2895,13 @@ class Office:
             "heartbeat_at, IF(heartbeat_at < UTC_TIMESTAMP(6) - INTERVAL lease SECOND, "
             "'silent', state) FROM workers WHERE lost_at IS NULL ORDER BY host, pid")
 
+    def unserved(self) -> list[str]:
+        """The queues where jobs wait and no live worker serves."""
+        served = [as_list(worker["queues"]) for worker in self.workers()
+                  if worker["state"] == "running"]
+        return [str(row["queue"]) for row in self.queues() if row[State.PENDING]
+                and not any(not names or row["queue"] in names for names in served)]
+
     def running_under(self, host: str, supervisor: int) -> list[str]:
         """The jobs that the workers of one supervisor run."""
         return self.database.rows(
@@ -3213,6 +3364,8 @@ class Process:
             return Reason.SPAWN, None, self.failure
         if self.cause is Reason.TIMEOUT:
             limit = f"{say_duration(job.timeout_s)} ({job.timeout_name})"
+            if "setting" in job.timeout_name:
+                limit += "; give it more: --timeout 10m, or config set job_timeout 10m"
             return Reason.TIMEOUT, TIMEOUT_STATUS, f"timed out after {limit}"
         code = 128 - status if status and status < 0 else status
         if self.cause:
@@ -4716,6 +4869,140 @@ class _Explanation:
         return f"dead: {self._outcome(times)}{last}"
 
 
+# ---- check -------------------------------------------------------------------
+#
+# What is off with a server, an account or a host, each with its remedy. Nothing here
+# changes a row.
+
+TABLES = ("jobs", "dependencies", "runs", "dlq", "workers", "queues", "schedules",
+          "config")
+SKEW_S, SPARE_CONNECTIONS, MANY_LETTERS = 2.0, 10, 100_000
+
+class Check(NamedTuple):
+    """One thing that was looked at, and what to do where it is not well."""
+    check: str
+    ok: bool
+    found: str
+    remedy: str = ""
+
+def check_all(target: Target, settings: Settings) -> Iterator[Check]:
+    """What stands between here and the server, and in its tables."""
+    with contextlib.closing(Database(target, READING)) as one, \
+            contextlib.closing(Database(target, READING)) as two:
+        try:
+            yield Check("connection", bool(one.rows(int, "SELECT 1")),
+                        f"{target} (from {target.source}), account {target.user!r} "
+                        f"(from {target.account_source})")
+        except Problem as problem:
+            yield Check("connection", False, problem.what, problem.hint)
+            return
+        yield from _check_server(one)
+        yield from _check_locks(one, two)
+        yield from _check_rights(one)
+        yield _check_doorbell(one, settings)
+        yield from _check_work(Office(one, settings))
+
+def _check_server(one: Database) -> Iterator[Check]:
+    found: dict[str, str] = dict(one.rows(
+        lambda *row: row, "SHOW VARIABLES WHERE Variable_name IN ('log_bin', "
+        "'transaction_isolation', 'tx_isolation', 'binlog_format', 'sync_binlog', "
+        "'innodb_flush_log_at_trx_commit', 'max_connections', 'max_allowed_packet')"))
+    status: dict[str, str] = dict(one.rows(
+        lambda *row: row, "SHOW STATUS WHERE Variable_name IN ('Ssl_cipher', "
+        "'Threads_connected')"))
+    least = (10, 6) if one.mariadb else (8, 0)
+    release = [int(part) for part in re.findall(r"\d+", one.version)[:2]]
+    yield Check("server", release >= [*least], one.version,
+                f"from {least[0]}.{least[1]} on claims do not wait for each other")
+    cipher, mode = status.get("Ssl_cipher", ""), one.target.ssl_mode
+    hosts = {host for host, _ in one.target.hosts} - {"127.0.0.1", "::1", "localhost"}
+    sure = "verified" if mode.startswith("verify") else "not verified"
+    yield Check("TLS", bool(cipher or not hosts),
+                f"{cipher}, the server's certificate is {sure}" if cipher else
+                "none" + ", by a socket" * bool(one.target.socket),
+                "set DB_SSL_MODE=required, or verify_identity and DB_SSL_CA")
+    level = found.get("transaction_isolation") or found.get("tx_isolation", "")
+    logged = f"binlog_format {found.get('binlog_format')}" \
+        if found["log_bin"] == "ON" else "no binlog"
+    yield Check("isolation", level == "READ-COMMITTED" and one.read_committed,
+                f"{level}, {logged}", "SET PERSIST binlog_format = 'ROW'")
+    flush = [(name, found[name]) for name in ("innodb_flush_log_at_trx_commit",
+             *(["sync_binlog"] if found["log_bin"] == "ON" else []))]
+    yield Check("durability", all(value == "1" for _, value in flush),
+                ", ".join(f"{name} {value}" for name, value in flush),
+                "set them to 1: else a crash of the server loses what was acknowledged")
+    [now] = one.rows(lambda now: now, "SELECT UTC_TIMESTAMP(6)")
+    here = datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)
+    skew_s = abs((here - now).total_seconds())
+    yield Check("clock", skew_s < SKEW_S, f"{skew_s:.1f} s apart",
+                "run a time service: queuectl compares no clocks, its readers do")
+    packet = int(found["max_allowed_packet"])
+    yield Check("packet", packet >= 16 << 20, f"max_allowed_packet {packet >> 20} MiB",
+                "set it to 16 MiB or more: else large output is not stored")
+    [(processes, supervisors)] = one.rows(
+        lambda *row: row, "SELECT COUNT(*), COUNT(DISTINCT host, supervisor) FROM "
+        "workers WHERE lost_at IS NULL")
+    most, used = int(found["max_connections"]), int(status["Threads_connected"])
+    yield Check("connections", most - used >= SPARE_CONNECTIONS,
+                f"{used} of {most} in use; the workers here want {processes} and "
+                f"{supervisors} more", "raise max_connections")
+
+def _check_locks(one: Database, two: Database) -> Iterator[Check]:
+    row = "SELECT value FROM config WHERE `key` = 'schema_version' FOR UPDATE"
+    def probe(cursor: Cursor) -> bool:
+        [version] = cursor.rows(str, row)
+        return not two.rows(str, f"{row} SKIP LOCKED") and bool(version)
+    try:
+        skipped = two.read(two.skip_locked) and one.transact(probe)
+        yield Check("SKIP LOCKED", skipped, "a locked row is passed over" if skipped
+                    else "it locks nothing here", "claims are right, only slower")
+    except Problem as problem:
+        yield Check("SKIP LOCKED", False, problem.what, problem.hint)
+    [version] = one.rows(str, row.replace("FOR UPDATE", ""))
+    yield Check("schema", True, f"schema {version.partition('/')[0]}, this program's "
+                f"{SCHEMA_VERSION}")
+
+def _check_rights(one: Database) -> Iterator[Check]:
+    lacking = []
+    for table in TABLES:
+        into, what = ("jobs (command)", "command") if table == "jobs" else (table, "*")
+        nothing = f"FROM {table} WHERE FALSE"
+        for right, statement in (
+                ("SELECT", f"SELECT 1 {nothing}"), ("DELETE", f"DELETE {nothing}"),
+                ("INSERT", f"INSERT INTO {into} SELECT {what} {nothing}")):
+            try:
+                one.run(statement)
+            except Problem:
+                lacking.append(f"{right} on {table}")
+    yield Check("rights", not lacking, f"lacking: {', '.join(lacking)}" if lacking
+                else "all that workers need", "grant them: README, Accounts")
+
+def _check_doorbell(one: Database, settings: Settings) -> Check:
+    if settings.doorbell != "on":
+        return Check("doorbell", True, "switched off: the poll finds the work")
+    rung, name = threading.Event(), f"check-{secrets.token_hex(4)}"
+    bell = Doorbell(one.target, f"{name} -", rung.set)
+    bell.park()
+    until, started = time.monotonic() + 2, 0.0
+    while not rung.is_set() and time.monotonic() < until:
+        time.sleep(0.05)  # until it is parked
+        started = time.monotonic()
+        ring(one, worker=name)
+        rung.wait(0.2)
+    took = (time.monotonic() - started) * 1e3
+    return Check("doorbell", rung.is_set(), f"rings in {took:.1f} ms" if rung.is_set()
+                 else "cannot be rung", "config set doorbell off: the poll finds work")
+
+def _check_work(desk: Office) -> Iterator[Check]:
+    idle = desk.unserved()
+    yield Check("queues", not idle, f"no live worker serves {some_of(idle)}, where "
+                "jobs wait" if idle else "each with jobs has a live worker",
+                f"start one: queuectl worker start --queue {','.join(idle)}")
+    dead = desk.count_dead_letters(Filter("TRUE", ()))
+    yield Check("dead letters", dead <= MANY_LETTERS, f"{dead:,}",
+                "see: queuectl dlq groups; then dlq retry or purge --state dead")
+
+
 # ---- bench -------------------------------------------------------------------
 #
 # What this MySQL and this host carry, in one run, in a queue of its own that is gone
@@ -5115,13 +5402,9 @@ def worker_list(args: argparse.Namespace) -> None:
 def _put_workers(rows: Sequence[dict[str, Json]]) -> None:
     put_table(["Worker", "Host", "PID", "Busy", "Heartbeat", "State", "Queues"],
               [[row["id"], row["host"], row["pid"], f"{row['busy']}/{row['slots']}",
-                row["heartbeat_at"], row["state"], ", ".join(_names(row)) or "all"]
+                row["heartbeat_at"], row["state"],
+                ", ".join(map(str, as_list(row["queues"]))) or "all"]
                for row in rows], spare=["Heartbeat", "Host"])
-
-def _names(row: Mapping[str, Json]) -> list[str]:
-    """The queues that a worker serves; none: all."""
-    names = row["queues"]
-    return [str(name) for name in names] if isinstance(names, list) else []
 
 # -- looking
 
@@ -5170,13 +5453,9 @@ def _put_status(desk: Office, path: str, args: argparse.Namespace) -> None:
                    for row in queues])
     if workers:
         _put_workers(workers)
-    served = [_names(row) for row in workers if row["state"] == "running"]
-    for row in queues:
-        name = row["queue"]
-        unserved = not any(not names or name in names for names in served)
-        if row[State.PENDING] and unserved:
-            say(f"warning: jobs wait in queue {name}, and no live worker serves it; "
-                f"start one: queuectl worker start --queue {name}")
+    for name in desk.unserved():
+        say(f"warning: jobs wait in queue {name}, and no live worker serves it; "
+            f"start one: queuectl worker start --queue {name}")
 
 @command(
     "list",
@@ -5612,19 +5891,45 @@ def db_init(args: argparse.Namespace) -> None:
     """Create the database and its tables, or upgrade older ones."""
     put(init_database(find_target(Environment.read())))
 
+@command("db check", PID_FILE, AS_JSON, examples=("db check",))
+def db_check(args: argparse.Namespace) -> int:
+    """Look for what is off, and say how to mend it; exit 1 if so."""
+    environment = Environment.read()
+    target, settings = find_target(environment), configure(environment, {}).settings
+    with contextlib.suppress(Problem):
+        settings = configured_by(environment, READING).settings
+    path = args.pid_file or _pid_file(environment)
+    standing, readable = probe_pid_file(path), _readable_dotenv(environment)
+    told = f"PID {standing.pid} lives" if standing.alive else "stale, nobody holds it"
+    status = 0
+    for one in itertools.chain(check_all(target, settings), (
+            Check("PID file", standing.alive or not standing.found,
+                  f"{path}: {told if standing.found else 'none'}",
+                  "start a daemon: queuectl worker start --daemon"),
+            Check(".env", not readable, "; ".join(readable) or "private, or none",
+                  "chmod 600 it"))):
+        status |= not one.ok
+        if args.json:
+            put_json({**one._asdict(), "remedy": "" if one.ok else one.remedy})
+        else:
+            remedy = f"; {one.remedy}" if one.remedy and not one.ok else ""
+            put(f"{'ok ' if one.ok else 'OFF'} {one.check:12} {one.found}{remedy}")
+    return status
+
 @command("db schema", examples=("db schema | mysql -u root -p",))
 def db_schema(args: argparse.Namespace) -> None:
     """Print the schema, as migrations.sql has it."""
-    put(schema_for(Environment.read().get("DB_NAME")).rstrip("\n"))
+    put(schema_for(find_target(Environment.read()).database).rstrip("\n"))
 
 @command("db start", examples=("db start",))
 def db_start(args: argparse.Namespace) -> None:
     """Start a private MySQL in ./.queuectl, where there is none."""
     target = find_target(Environment.read())
-    if target.source not in ("default", PRIVATE_FOLDER):
+    if target.chosen:
         raise Problem("a private server would not be used: "
                       f"{target.source} names {target}",
-                      "remove DB_HOST, DB_PORT and DB_SOCKET there, or use that server")
+                      "remove what names it there (DB_HOST, DB_PORT, DB_SOCKET or "
+                      "DATABASE_URL), or use that server")
     folder = find_private_folder() or PRIVATE_FOLDER
     server = PrivateServer(folder)
     done = "started" if server.start() else "runs already"
@@ -5652,7 +5957,7 @@ GROUPS = (("jobs", ("enqueue", "run", "list", "show", "explain", "logs", "wait",
           ("queues", ("queue list", "queue limit", "queue pause", "queue resume")),
           ("dead letters", ("dlq list", "dlq groups", "dlq retry")),
           ("settings", ("config set", "config get", "config unset", "config list")),
-          ("database", ("db init", "db schema", "db start", "db stop")))
+          ("database", ("db init", "db check", "db schema", "db start", "db stop")))
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser that raises Problems."""
@@ -5706,7 +6011,7 @@ def run(argv: Sequence[str]) -> int:
     """Do what the command line says; the exit status."""
     words = list(argv)
     cut = words.index("--") if "--" in words else len(words)
-    words, rest = words[:cut], words[cut + 1:]
+    words, rest = _take_defaults_file(words[:cut]), words[cut + 1:]
     if words[:1] == ["help"]:
         words = [*words[1:], "--help"]
     if not set(words) - {"-h", "--help"}:
@@ -5725,9 +6030,22 @@ def run(argv: Sequence[str]) -> int:
     args.rest = rest
     return found.body(args) or 0
 
+def _take_defaults_file(words: list[str]) -> list[str]:
+    """The words without --defaults-file, which every command takes."""
+    for at, word in enumerate(words):
+        name, sign, value = word.partition("=")
+        if name == "--defaults-file":
+            taken = words[at:at + 1 + (not sign)]
+            if not sign and len(taken) < 2:
+                raise Problem("--defaults-file: which?", status=USAGE)
+            os.environ[DEFAULTS_FILE] = os.path.abspath(value or taken[-1])
+            return words[:at] + words[at + len(taken):]
+    return words
+
 def main() -> int:
     """Run, and turn what goes wrong into a message and an exit status."""
     try:
+        use_own_environment()
         status_code = run(sys.argv[1:])
         sys.stdout.flush()
         return status_code
