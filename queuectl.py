@@ -4458,6 +4458,7 @@ def _await_end(path: str, standing: Standing, timeout_s: float,
 
 SERVER_FOLDERS = ("/usr/sbin", "/usr/libexec", "/usr/local/sbin",
                   "/usr/local/mysql/bin")
+MARIADB = "mariadb-server-core mariadb-client-core"  # the latter for my_print_defaults
 SOCKET_PATH_MAX = 100
 SERVER_WAIT_S = 60.0
 
@@ -4469,8 +4470,8 @@ def find_server() -> str:
     found = shutil.which("mysqld", path=path) or shutil.which("mariadbd", path=path)
     if not found:
         raise Problem(f"no mysqld or mariadbd in PATH, {', '.join(SERVER_FOLDERS)}",
-                      "install one (Debian: apt install mariadb-server-core), or point "
-                      "DB_HOST at a server", UNAVAILABLE)
+                      f"install one (Debian: apt install {MARIADB}), or point DB_HOST "
+                      "at a server", UNAVAILABLE)
     return found
 
 class PrivateServer:
@@ -4549,10 +4550,12 @@ class PrivateServer:
         command = [self.program, "--no-defaults", "--initialize-insecure",
                    f"--datadir={making}"]
         if self._mariadb():
-            installer = shutil.which("mariadb-install-db")
-            if not installer:
-                raise Problem(f"{self.program} is there, but mariadb-install-db is not",
-                              "install the package that holds it", UNAVAILABLE)
+            for tool in ("my_print_defaults", "mariadb-install-db"):
+                installer = shutil.which(tool) or ""
+                if not installer:
+                    raise Problem(f"{self.program} is there, but {tool} is not",
+                                  f"install both (Debian: apt install {MARIADB})",
+                                  UNAVAILABLE)
             command = [installer, "--no-defaults", "--datadir=./data.new",
                        "--skip-test-db", "--auth-root-authentication-method=normal"]
         command += ["--user=root"] if os.geteuid() == 0 else []

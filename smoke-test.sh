@@ -2,15 +2,16 @@
 # smoke-test.sh: sets up what this machine lacks, then does real work through queuectl on a private
 # server in a temporary folder, or in a database of its own on the server that DATABASE_URL, DB_HOST
 # or DB_SOCKET in the environment names. `smoke-test.sh tests`: the suite. Leaves nothing behind.
-set -u; here=$(cd "$(dirname "$0")" && pwd); own=; [ -n "${DATABASE_URL:-}${DB_HOST:-}${DB_SOCKET:-}" ] || own=yes
+set -u; here=$(cd "$(dirname "$0")" && pwd); own=; [ -n "${DATABASE_URL:-}${DB_HOST:-}${DB_SOCKET:-}" ] || own=yes; packages=() venv=
 choose_python() {
     for python in ${PYTHON:+"$PYTHON"} python3 /usr/bin/python3 "$here/.venv/bin/python3" ''; do
         "$python" -c 'import sys, pymysql; sys.exit(sys.version_info < (3, 9))' 2>/dev/null && return; done
 }
-has_server() { PATH=$PATH:/usr/sbin:/usr/libexec:/usr/local/sbin:/usr/local/mysql/bin command -v mysqld mariadbd >/dev/null; }
-packages=() venv=
+has_server() { # one that can make its tables
+    PATH=$PATH:/usr/sbin:/usr/libexec:/usr/local/sbin:/usr/local/mysql/bin command -v mysqld mariadbd >/dev/null &&
+        { ! command -v mariadb-install-db >/dev/null || command -v my_print_defaults >/dev/null; }; }
 choose_python || { command -v python3 >/dev/null || packages+=(python3); packages+=(python3-pymysql); }
-{ [ -z "$own" ] && [ "${1:-}" != tests ]; } || has_server || packages+=(mariadb-server-core)
+{ [ -z "$own" ] && [ "${1:-}" != tests ]; } || has_server || packages+=(mariadb-server-core mariadb-client-core)
 command -v apt-get >/dev/null || case "${packages[*]}" in '') ;; python3-pymysql) packages=() venv=yes ;;
     *) echo "# first: $(command -v brew >/dev/null && echo brew install python3 mariadb || echo dnf install python3 python3-PyMySQL mariadb-server)"; exit 69 ;; esac
 if [ ${#packages[@]} -gt 0 ]; then
@@ -36,8 +37,7 @@ check() { # check 'what holds' COMMAND...
         failed=$((failed + 1)); echo "not ok - $what"; sed 's/^/#   /' check.out; fi
 }
 until_true() { # until_true SECONDS COMMAND...: wait for a condition
-    local until=$((SECONDS + $1)); shift
-    until "$@" >/dev/null 2>&1; do [ $SECONDS -lt $until ] || return 1; sleep 0.1; done
+    local until=$((SECONDS + $1)); shift; until "$@" >/dev/null 2>&1; do [ $SECONDS -lt $until ] || return 1; sleep 0.1; done
 }
 state() { q show "$1" --json | grep -q "\"state\": \"$2\""; }
 ends_as() { until_true "${3:-20}" state "$1" "$2" || { q show "$1"; return 1; }; }

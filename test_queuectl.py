@@ -1302,7 +1302,8 @@ class ConnectionTest(QueueCase):
             )
         self.queuectl("config", "set", "on_lost", "dead", status=69, **enqueuer)
         self.queuectl("db", "check", status=1, **viewer)
-        self.queuectl("db", "check", status=0, **worker)
+        checked = self.queuectl("db", "check", status=1, **worker)  # no worker runs
+        self.assertIn("ok  rights       all that workers need", checked)
         self.queuectl("db", "init", status=69, DB_NAME="queuectl_other", **worker)
         self.assertIn("queuectl db schema | mysql -u root -p", self.errors)
 
