@@ -3379,7 +3379,8 @@ class Process:
         detail = ""
         if code in (126, 127):
             place = f"{excerpt(job.cwd or _here(), 200)} on {socket.gethostname()}"
-            detail = f"in {place}, PATH={os.environ.get('PATH', '')}"
+            detail = (f"in {place}, PATH={os.environ.get('PATH', '')}; name it by its "
+                      "path, or give the job an env with that PATH")
         return Reason.EXIT, code, detail
 
 def _here() -> str:
@@ -4414,7 +4415,8 @@ def stop_daemon(path: str, now: bool, timeout_s: float,
     if not standing.alive:
         stale = f"the PID file {path} is stale (no daemon holds it)"
         why = stale if standing.found else f"there is no PID file {path}"
-        _whisper(f"no worker daemon: {why}")
+        _whisper(f"no worker daemon: {why}\n"
+                 "  start one: queuectl worker start --daemon")
         return 0
     if not standing.pid:
         raise Problem(f"the PID file {path} is held, but names no process",
@@ -4530,7 +4532,9 @@ class PrivateServer:
     def _place_socket(self) -> None:
         plain = os.path.join(self.folder, "mysqld.sock")
         note = os.path.join(self.folder, "socket")
-        if len(os.fsencode(plain)) > SOCKET_PATH_MAX and not os.path.exists(note):
+        noted = os.path.dirname(private_socket(self.folder))  # a cleaner may have come
+        if len(os.fsencode(plain)) > SOCKET_PATH_MAX and (
+                noted == self.folder or not os.path.isdir(noted)):
             elsewhere = tempfile.mkdtemp(prefix="queuectl-")
             with open(note, "w") as file:
                 file.write(os.path.join(elsewhere, "mysqld.sock"))

@@ -3706,6 +3706,151 @@ class Servers(WorkCase):
         self.assertIn("queuectl db start", self.errors)
 
 
+class Messages(WorkCase):
+    """What an operator meets first, word for word, each with the next step."""
+
+    settings = {**SCALED, "QUEUECTL_JOB_TIMEOUT": "0.3"}
+
+    def assert_said(self, text: str, *argv: str, status: int, **variables: str) -> None:
+        self.queuectl(*argv, status=status, **variables)
+        self.assertEqual(self.errors, f"queuectl: {text}\n")
+
+    def test_the_set_up(self) -> None:
+        here = f"{self.server.socket} (from environment)"
+        self.queuectl("list", status=69, DB_NAME="queuectl_absent")
+        self.assertRegex(
+            self.errors,
+            "^queuectl: the queue's tables are missing in queuectl_absent at "
+            f"{re.escape(here)}: Unknown database 'queuectl_absent'\n"
+            "  run: queuectl db init\n$",
+        )
+        self.queuectl("list", status=69, DB_PASSWORD="wrong")
+        self.assertTrue(
+            self.errors.startswith(
+                "queuectl: the server refused the account 'root' (from environment), "
+                f"queuectl at {here}: "
+            ),
+            self.errors,
+        )
+        self.assertTrue(self.errors.endswith("\n  check DB_USER and DB_PASSWORD\n"))
+        self.sql("CREATE USER 'queuectl_new'@'%%'")
+        self.addCleanup(self.sql, "DROP USER 'queuectl_new'@'%%'")
+        self.queuectl("db", "init", status=69, DB_USER="queuectl_new", DB_NAME="q2")
+        self.assertRegex(
+            self.errors,
+            "^queuectl: the account 'queuectl_new' .from environment. lacks a right in "
+            "q2 at .*\n  grant it .README, Accounts., or use another account; an "
+            "administrator makes the tables by: "
+            "queuectl db schema . mysql -u root -p\n$",
+        )
+        self.environment = {
+            name: value
+            for name, value in self.environment.items()
+            if not name.startswith("DB_")
+        }
+        os.makedirs(self.path(".queuectl/data"))
+        self.assert_said(
+            "the private server of queuectl at .queuectl/mysqld.sock (from .queuectl) "
+            "is stopped\n  run: queuectl db start",
+            "list",
+            status=69,
+        )
+
+    def test_an_older_and_a_newer_schema(self) -> None:
+        self.addCleanup(
+            self.sql, "UPDATE config SET value = '1/1' WHERE `key` = 'schema_version'"
+        )
+        for version, text in (
+            (
+                "0/0",
+                "the tables in queuectl are of schema 0, older than this program needs "
+                "(1)\n  run: queuectl db init",
+            ),
+            (
+                "2/2",
+                "the tables in queuectl are of schema 2, newer than this program "
+                f"({queuectl.VERSION}, schema 1)\n  install the newer queuectl.py on "
+                "this host",
+            ),
+        ):
+            self.sql(
+                "UPDATE config SET value = %s WHERE `key` = 'schema_version'", version
+            )
+            self.assert_said(text, "list", status=69)
+
+    def test_a_job_that_does_not_do_what_it_should(self) -> None:
+        self.enqueue("no-such-program", id="a", max_retries=0, cwd="/")
+        self.enqueue("sleep 9", id="b", max_retries=0)
+        self.assert_said(
+            "id a is taken: a pending job has it\n  nothing was enqueued; --if-absent "
+            "passes over ids and keys in use",
+            "enqueue",
+            "--id=a",
+            "-c",
+            "true",
+            status=1,
+        )
+        self.queuectl("status")
+        self.assertEqual(
+            self.errors,
+            "warning: jobs wait in queue default, and no live worker serves it; start "
+            "one: queuectl worker start --queue default\n",
+        )
+        self.drain("--count", "2", PATH="/usr/bin:/bin")
+        self.assertEqual(
+            self.runs("a", "detail"),
+            [
+                (
+                    f"in / on {socket.gethostname()}, PATH=/usr/bin:/bin; name it by "
+                    "its path, or give the job an env with that PATH",
+                )
+            ],
+        )
+        self.assertEqual(
+            self.runs("b", "detail"),
+            [
+                (
+                    "timed out after 0.3 s (setting job_timeout); give it more: "
+                    "--timeout 10m, or config set job_timeout 10m",
+                )
+            ],
+        )
+
+    def test_a_stale_pid_file(self) -> None:
+        open(self.path("workers.pid"), "w").close()
+        self.assert_said(
+            "no worker daemon: the PID file ./workers.pid is stale (no daemon holds it)"
+            "\n  start one: queuectl worker start --daemon",
+            "worker",
+            "stop",
+            status=0,
+        )
+
+    def test_apparmor(self) -> None:
+        program = self.path("mysqld-confined")
+        with open(program, "w") as file:
+            file.write("#!/bin/sh\necho denied; exit 1\n")
+        os.chmod(program, 0o755)
+        server = queuectl.PrivateServer(self.path("server"), program)
+        exists = os.path.exists
+        profile = "/etc/apparmor.d/usr.sbin.mysqld-confined"
+        with (
+            unittest.mock.patch(
+                "os.path.exists", lambda path: path == profile or exists(path)
+            ),
+            self.assertRaises(queuectl.Problem) as caught,
+        ):
+            server.start()
+        self.assertEqual(
+            (caught.exception.what, caught.exception.hint),
+            (
+                "the private server could not make its data folder:\n  denied",
+                f"AppArmor confines {program} ({profile}): use a server that is set up "
+                "(DB_HOST), or have an administrator allow this folder",
+            ),
+        )
+
+
 class CommandsTest(WorkCase):
     """What a person types and reads."""
 
