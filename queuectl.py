@@ -5969,7 +5969,9 @@ GROUPS = (("jobs", ("enqueue", "run", "list", "show", "explain", "logs", "wait",
 class Parser(argparse.ArgumentParser):
     """An argparse parser that raises Problems."""
     def error(self, message: str) -> NoReturn:
-        raise Problem(message, f"see: {self.prog} --help", USAGE)
+        unknown = re.fullmatch(r"unrecognized arguments: (--[^ =]+).*", message)
+        hint = nearest(unknown[1], self._option_string_actions) if unknown else ""
+        raise Problem(escaped(message), hint or f"see: {self.prog} --help", USAGE)
 
 def find_command(words: Sequence[str]) -> tuple[Command, list[str]]:
     """The command that `words` name, wherever its words stand, and the other words."""
@@ -6064,10 +6066,15 @@ def main() -> int:
         return CANNOT
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
         # The reader has gone (list | head); Python must not meet that again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        if error.errno == errno.EPIPE:
+            return 0
+        _whisper(f"the output could not be written: {error.strerror}")
+        return CANNOT
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3865,7 +3865,8 @@ class CommandsTest(WorkCase):
         self.assertIn("max_retries", self.queuectl("config", "--json", "list"))
         for argv, hint in (
             (["lst"], "did you mean list?"),
-            (["list", "--stat", "dead"], ""),
+            (["list", "--stat", "dead"], "did you mean --state?"),
+            (["list", "--\x1b[1m"], "\\x1b"),
             (["worker", "stat"], "did you mean start?"),
             (["dlq"], "list|groups|retry"),
             (["list", "--state", "pendin"], "did you mean pending?"),
@@ -4127,6 +4128,24 @@ class CommandsTest(WorkCase):
         with open(self.path(".env"), "w") as file:
             file.write("QUEUECTL_BACKOFF_BASE=5\n")
         self.assertIn("│ 5     │ ./.env", self.queuectl("config", "list"))
+
+    def test_a_full_disk_under_the_output_is_said(self) -> None:
+        self.put_many(3, "true")
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, SCRIPT, "list"],
+                env=self.environment,
+                stdout=full,
+                stderr=subprocess.PIPE,
+                check=False,
+            )
+        self.assertEqual(
+            (done.returncode, done.stderr),
+            (
+                1,
+                b"queuectl: the output could not be written: No space left on device\n",
+            ),
+        )
 
     def test_the_status_counts_and_warns(self) -> None:
         self.put_many(2, "true", queue="gpu")
