@@ -1164,16 +1164,11 @@ class Database:
         if self.target.socket or mode == "disabled":
             return self._dial(host, port, None)
         try:
-            connection = self._dial(host, port, self._context())
+            return self._dial(host, port, self._context())
         except _Driver().OperationalError as error:
             if mode != "preferred" or error.args[0] != 2026:
                 raise
             return self._dial(host, port, None)
-        plain = not hasattr(connection._sock, "cipher")  # type: ignore[attr-defined]
-        if plain and mode != "preferred":
-            connection.close()  # before 1.2, PyMySQL goes on in plain text
-            raise _Driver().OperationalError(2026, "the server does not offer TLS")
-        return connection
 
     def _dial(self, host: str, port: int, tls: ssl.SSLContext | None) -> Connection:
         patience = max(1.0, min(5.0, self.policy.patience_s, self.policy.timeout_s))
@@ -1233,7 +1228,7 @@ class Database:
             check_schema(cursor.fetchone(), self.target.database)
         return not read_only
 
-_MULTI_STATEMENTS = 1 << 16
+_TLS_OFFERED, _MULTI_STATEMENTS = 1 << 11, 1 << 16
 _FOUND_ROWS = 2  # an UPDATE counts the rows it matched, changed or not
 
 class _Driver:
@@ -1249,7 +1244,15 @@ class _Driver:
             needed = ".".join(map(str, PYMYSQL_NEEDED))
             raise Problem(f"PyMySQL {self.version} of {sys.executable} is too old: "
                           f"{needed} is needed", how_to_install(), UNAVAILABLE)
-        self.connect = pymysql.connect
+        class Connection(pymysql.connections.Connection):
+            """Older PyMySQL would go on in plain text where TLS is not offered."""
+            def _request_authentication(self) -> None:
+                offers: int = getattr(self, "server_capabilities")  # noqa: B009
+                if self.ssl and not offers & _TLS_OFFERED:
+                    raise pymysql.err.OperationalError(
+                        2026, "the server does not offer TLS")
+                super()._request_authentication()  # type: ignore[misc]
+        self.connect = Connection
         self.MySQLError = pymysql.err.MySQLError
         self.OperationalError = pymysql.err.OperationalError
         self.ProgrammingError = pymysql.err.ProgrammingError
