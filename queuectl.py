@@ -259,10 +259,14 @@ VARIABLES = {
     "DB_SSL_CA": Variable("", "file of certificate authorities to verify against"),
     "PID_FILE": Variable("./workers.pid", "PID file of worker start --daemon"),
     "QUEUECTL_SKIP_LOCKED": Variable("", "off: claim without SKIP LOCKED"),
+    "QUEUECTL_SIGNING_KEY": Variable("", "a secret: jobs are signed, and only those "
+                                     "that are run"),
+    "QUEUECTL_SIGNING_KEY_FILE": Variable("", "a file whose first line is that secret"),
 }
 # What a job does not inherit: ways into the database, tokens, the notify socket.
-PRIVATE_VARIABLE = re.compile(r"DB_.*|DATABASE_URL|MYSQL_PWD|QUEUECTL_.*(KEY|TOKEN)|"
-                              r"NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*")
+PRIVATE_VARIABLE = re.compile(
+    r"DB_.*|DATABASE_URL|MYSQL_PWD|QUEUECTL_.*(KEY|TOKEN)(_FILE)?|NOTIFY_SOCKET|"
+    r"WATCHDOG_.*|LISTEN_.*")
 
 def read_dotenv(path: str) -> dict[str, str]:
     """The variables of a .env file, parsed, never executed; none without a file."""
@@ -423,8 +427,9 @@ def find_target(environment: Environment) -> Target:
         user = account.get("DB_USER") or getpass.getuser()
     except (KeyError, OSError):
         raise Problem("this user id has no login name", "set DB_USER", USAGE) from None
-    return Target(hosts, sock, user, _password(account), rest.get("DB_NAME"), mode,
-                  rest.get("DB_SSL_CA"), source, account_source, chosen)
+    return Target(hosts, sock, user, secret("DB_PASSWORD", account),
+                  rest.get("DB_NAME"), mode, rest.get("DB_SSL_CA"), source,
+                  account_source, chosen)
 
 def names_address(layer: Layer) -> bool:
     return any(layer[1].get(name) for name in ADDRESS)
@@ -547,16 +552,40 @@ def _hosts(text: str, default_port: int) -> Hosts:
         raise Problem("DB_HOST names no host", status=USAGE)
     return tuple(found)
 
-def _password(account: Mapping[str, str]) -> str:
-    path = account.get("DB_PASSWORD_FILE")
-    if "DB_PASSWORD" in account or not path:
-        return account.get("DB_PASSWORD", "")
+def secret(name: str, variables: Mapping[str, str]) -> str:
+    """A variable, or the first line of the file that NAME_FILE names."""
+    path = variables.get(f"{name}_FILE")
+    if variables.get(name) or not path:
+        return variables.get(name, "")
     try:
         with open(path, encoding="utf-8") as file:
             return file.readline().rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise Problem(f"DB_PASSWORD_FILE: cannot read {path}: {error}",
+        raise Problem(f"{name}_FILE: cannot read {path}: {error}",
                       status=UNAVAILABLE) from None
+
+@functools.lru_cache(maxsize=1)
+def signing_key() -> bytes:
+    """The key that jobs are signed with; empty: they are not."""
+    name, environment = "QUEUECTL_SIGNING_KEY", Environment.read()
+    layer = next((variables for _, variables in environment.layers
+                  if {name, f"{name}_FILE"} & variables.keys()), {})
+    return secret(name, layer).encode()
+
+def sign(job_id: object, *parts: object) -> str:
+    """The signature of a job: its id, command, cwd, env and on_failure."""
+    import hmac
+
+    said = [b"-" if part is None else b"+" + str(part).encode()
+            for part in (job_id, *parts)]
+    text = b"".join(b"%d:%b" % (len(part), part) for part in said)
+    return hmac.new(signing_key(), text, "sha256").hexdigest()
+
+def is_signed(signature: object, *parts: object) -> bool:
+    """Whether a job may run: its signature fits, or none is asked for."""
+    import hmac
+
+    return not signing_key() or hmac.compare_digest(str(signature), sign(*parts))
 
 
 # ---- rules -------------------------------------------------------------------
@@ -607,6 +636,7 @@ class Reason(str, enum.Enum):
     LOST = "lost"            # its worker was lost
     CANCELLED = "cancelled"  # a person cancelled it
     HANDED_BACK = "handed back"  # its worker was stopped before it ended
+    SIGNATURE = "signature"  # nobody who has the key enqueued it as it is
     DEPENDENCY = "dependency"  # it never ran: what it waited for did not complete
 
 ALONE_AFTER_LOSSES = 2
@@ -675,7 +705,8 @@ def judge(job: Held, end: End, settings: Settings, chance: float) -> Verdict:
                        job.attempts + 1 if spent else None)
     if end.reason is Reason.EXIT and end.exit_code == 0:
         return Verdict("complete")
-    if spent or end.exit_code in job.permanent_exit_codes:
+    if spent or end.exit_code in job.permanent_exit_codes \
+            or end.reason is Reason.SIGNATURE:
         return Verdict("bury")
     return Verdict("fail", wait_s)
 
@@ -1518,6 +1549,7 @@ COLUMN_OF = {"delay": "next_run_at", "run_at": "next_run_at", "unique": "unique_
 TIMES = {"delay", "run_at"}
 NEEDS = {"after_any": "ended", "after": str(State.COMPLETED)}  # rows of another table
 REPEATABLE = {"env", *NEEDS}
+SIGNED = ("id", "command", "cwd", "env", "on_failure")
 Job_Values = Mapping[str, object]
 
 def new_id() -> str:
@@ -1587,6 +1619,8 @@ class Spool:
             yield shapes[shape], values
 
     def add(self, values: Job_Values) -> None:
+        if signing_key():
+            values = {**values, "signature": sign(*map(values.get, SIGNED))}
         shape = self._shapes.get(tuple(values))
         if shape is None:
             shape = self._shapes[tuple(values)] = len(self._shapes)
@@ -1860,16 +1894,20 @@ def bury(cursor: Cursor, dead: Mapping[int, str | None]) -> None:
                id = VALUES(id), exit_code = VALUES(exit_code), reason = VALUES(reason),
                last_line = VALUES(last_line)
         """, [*dead, *dead.values(), *dead])
-    for command, line, cwd, env, *about in cursor.rows(
-            lambda *row: row, "SELECT on_failure, queue, cwd, env, jobs.id, queue, "
-            "attempts, dlq.reason, dlq.exit_code, last_line FROM jobs JOIN dlq "
-            f"USING (seq) WHERE {those} AND LENGTH(on_failure) BETWEEN 1 AND "
+    for signature, command, cwd, env, hook, *about in cursor.rows(
+            lambda *row: row, "SELECT signature, command, cwd, env, on_failure, "
+            "jobs.id, queue, attempts, dlq.reason, dlq.exit_code, last_line FROM jobs "
+            f"JOIN dlq USING (seq) WHERE {those} AND LENGTH(on_failure) BETWEEN 1 AND "
             f"{COMMAND_BYTES_MAX}", *dead):
+        if not is_signed(signature, about[0], command, cwd, env, hook):
+            continue
         told = {f"QUEUECTL_PARENT_{name}": str(value) for name, value in zip(
             ("ID", "QUEUE", "ATTEMPTS", "REASON", "EXIT_CODE", "LAST_LINE"), about)
             if value is not None}
-        cursor.defer("INSERT INTO jobs (id, command, queue, cwd, env) VALUES %s", [
-            (new_id(), command, line, cwd, json.dumps({**env_of(env), **told}))])
+        row = (new_id(), hook, cwd, json.dumps({**env_of(env), **told}))
+        signed = sign(*row, None) if signing_key() else None
+        cursor.defer("INSERT INTO jobs (id, command, cwd, env, queue, signature) "
+                     "VALUES %s", [(*row, about[1], signed)])
 
 def env_of(text: object) -> dict[str, str]:
     """The variables that a row's env names; none where it cannot be read."""
@@ -1905,6 +1943,8 @@ class Job:
     queue: str
     cwd: str | None
     env: str | None
+    on_failure: str | None
+    signature: str | None
     timeout_s: float
     timeout_name: str  # which setting gave the time limit
 
@@ -2358,6 +2398,7 @@ class Desk:
                    COALESCE(on_lost, '{settings.on_lost}'),
                    cancel_requested_at IS NOT NULL, has_children, COALESCE(worker, ''),
                    started_at, permanent_exit_codes, command, queue, cwd, env,
+                   on_failure, signature,
                    COALESCE(timeout, {settings.job_timeout}),
                    IF(timeout IS NULL, 'setting job_timeout', 'the job''s timeout')
               FROM jobs FORCE INDEX ({index}) WHERE state = 'processing' AND {only}
@@ -2800,15 +2841,18 @@ class Office:
 
     def like(self, job_id: str) -> dict[str, object]:
         """What to enqueue for a job like this one, as complete_job makes it."""
-        names = ("command", "queue", "priority", "max_retries", "timeout", "cwd", "env",
-                 "backoff_base", "permanent_exit_codes", "on_lost", "unique",
-                 "on_failure")
+        names = (*SIGNED, "queue", "priority", "max_retries", "timeout", "backoff_base",
+                 "permanent_exit_codes", "on_lost", "unique")
         columns = ", ".join(COLUMN_OF.get(name, name) for name in names)
-        rows = self.database.rows(lambda *row: row, f"SELECT {columns} FROM jobs "
-                                  "WHERE id = %s", job_id)
+        rows = self.database.rows(lambda *row: row, f"SELECT signature, {columns} "
+                                  "FROM jobs WHERE id = %s", job_id)
         if not rows:
             raise no_such_job(job_id)
-        return {name: value for name, value in zip(names, rows[0]) if value is not None}
+        if not is_signed(*rows[0][:6]):
+            raise Problem(f"job {job_id} is not signed with this QUEUECTL_SIGNING_KEY",
+                          "look at its command, then enqueue it anew")
+        return {name: value for name, value in zip(names[1:], rows[0][2:])
+                if value is not None}
 
     def dead_letters(self, limit: int, only: Filter) -> list[tuple[View, Moment]]:
         """The dead jobs, the last to die first, each with the time of its death."""
@@ -3938,6 +3982,11 @@ class Worker:
     def _start(self, job: Job) -> None:
         if self.stopping:
             self.ended.append((job.held, End(Reason.HANDED_BACK)))
+            return
+        if not is_signed(job.signature, job.held.id, job.command, job.cwd, job.env,
+                         job.on_failure):
+            self.ended.append((job.held, End(Reason.SIGNATURE, detail="not enqueued as "
+                               "it is by one who has this QUEUECTL_SIGNING_KEY")))
             return
         self.post.ledger.note(f"{job.held.token}-{job.held.seq}")
         process = Process(job, self.settings, self._launchpad)
@@ -5351,6 +5400,7 @@ def worker_start(args: argparse.Namespace) -> int:
     configured = configured_by(environment, WRITING)
     for complaint in [*configured.complaints, *_readable_dotenv(environment)]:
         _whisper(f"warning: {complaint}")
+    signing_key()  # an unreadable file is found now
     # Absolute paths: a job's directory is its worker's too, for a moment.
     target = dataclasses.replace(
         target, socket=target.socket and os.path.abspath(target.socket),

@@ -3551,6 +3551,67 @@ class OneJob(WorkCase):
         self.queuectl("explain", "absent", status=1)
 
 
+class Signatures(WorkCase):
+    """Write access to the table alone is no shell."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.key = {"QUEUECTL_SIGNING_KEY": "s3cret"}
+
+    def sign_in(self, job_id: str, *argv: str) -> None:
+        self.queuectl("enqueue", "-q", "--id", job_id, *argv, **self.key)
+
+    def test_only_jobs_that_are_signed_as_they_are_run(self) -> None:
+        run = "echo $QUEUECTL_JOB_ID >> ran"
+        for job_id in ("good", "command", "cwd", "env", "hook", "id"):
+            self.sign_in(job_id, "-c", run, "--env", "A=é", "--on-failure", run)
+        self.enqueue(run, id="unsigned", on_failure=run)
+        self.queuectl("enqueue", "-c", run, "--id=other", QUEUECTL_SIGNING_KEY="other")
+        self.put(run, id="inserted", signature="0" * 64)
+        for column, value in (
+            ("command", run + " "),
+            ("cwd", "/tmp"),
+            ("env", '{"A":"b"}'),
+            ("on_failure", "echo evil >> ran"),
+        ):
+            name = column.replace("on_failure", "hook")
+            self.sql(f"UPDATE jobs SET {column} = %s WHERE id = %s", value, name)
+        self.sql("UPDATE jobs SET id = 'renamed' WHERE id = 'id'")
+        self.drain(**self.key)
+        self.assertEqual(self.lines("ran"), ["good"])
+        self.assertEqual(self.counts(), {"completed": 1, "dead": 8})
+        self.assertEqual(
+            self.sql("SELECT reason, COUNT(*) FROM dlq GROUP BY reason"),
+            [("signature", 8)],
+        )
+        self.queuectl("rerun", "command", status=1, **self.key)
+        self.assertIn("is not signed with this QUEUECTL_SIGNING_KEY", self.errors)
+        self.queuectl("rerun", "good", **self.key)
+        self.queuectl("dlq", "retry", "unsigned", **self.key)
+        self.drain(**self.key)
+        self.assertEqual(self.counts(), {"completed": 2, "dead": 8})
+        self.queuectl("dlq", "retry", "unsigned")
+        self.drain()  # without the key all are run
+        self.assertEqual(self.lines("ran")[2:], ["unsigned"])
+
+    def test_a_hook_is_signed_with_its_parent_and_no_job_sees_the_key(self) -> None:
+        with open(self.path("key"), "w") as file:
+            file.write("s3cret\n")
+        self.sign_in(
+            "a",
+            "-c",
+            "env > seen; false",
+            "--max-retries=0",
+            "--on-failure",
+            "env >> seen; echo $QUEUECTL_PARENT_ID > hook",
+        )
+        self.drain(QUEUECTL_SIGNING_KEY_FILE="key")
+        self.assertEqual(self.lines("hook"), ["a"])
+        self.assertNotIn("SIGNING", "".join(self.lines("seen")))
+        self.queuectl("worker", "start", status=69, QUEUECTL_SIGNING_KEY_FILE="absent")
+        self.assertIn("QUEUECTL_SIGNING_KEY_FILE: cannot read absent", self.errors)
+
+
 class DeadLetters(WorkCase):
     """Bulk repair of what died."""
 
