@@ -2024,6 +2024,8 @@ class Desk:
         self.retains, self._purge_at = False, 0.0  # whether we delete what is old
         self._decide_at, self._decided = 0.0, (DATETIME_MIN, 0)
         self._judge = Judge()
+        # Ends what the dead processes of this host left running, before it runs again.
+        self.end_orphans: Callable[[], object] = list
 
     # -- one turn
 
@@ -2483,8 +2485,10 @@ class Desk:
         """Judge the others by their beats, and take over what has no live worker."""
         notes = []
         beats, heartbeat_s = look.beats, self.settings.heartbeat
-        for worker, beat in self._judge.observe(
-                time.monotonic(), beats, heartbeat_s).items():
+        lost = self._judge.observe(time.monotonic(), beats, heartbeat_s)
+        if lost:
+            self.end_orphans()
+        for worker, beat in lost.items():
             taken = self.take_over(worker, beat)
             if taken is not None:
                 silence = say_duration(beats[worker][1])
@@ -3810,6 +3814,7 @@ class Worker:
         off = self.environment.get("QUEUECTL_SKIP_LOCKED").lower() in ("off", "0", "no")
         desk = Desk(Database(self.crew.target, self._policy), me, not off)
         desk.settings, desk.retains = self.settings, not self.post.number
+        desk.end_orphans = self._end_orphans
         return desk
 
     def _open(self) -> list[str]:
@@ -3819,12 +3824,18 @@ class Worker:
             end_marked(marks, self.settings.kill_grace)
             taken = self._desk.take_over(worker, -1)
             notes.append(f"worker {worker} died; {taken} runs written off as lost")
-        for gone, found in self._desk.dead_neighbours(is_gone).items():
-            end_marked(found, self.settings.kill_grace)
+        for gone in self._end_orphans():
             taken = self._desk.take_over(gone, -1)
             notes.append(f"worker {gone} here is gone; {taken} runs taken over")
         self._desk.register()
         return notes
+
+    def _end_orphans(self) -> list[str]:
+        """End what dead processes of this host left running; their workers."""
+        found = self._desk.dead_neighbours(is_gone)
+        for marks in found.values():
+            end_marked(marks, self.settings.kill_grace)
+        return list(found)
 
     def _ask(self) -> None:
         """Hand the clerk a turn, if it is free and there is something to say."""

@@ -18,6 +18,7 @@ import fcntl
 import json
 import os
 import pty
+import random
 import re
 import shutil
 import signal
@@ -2920,6 +2921,277 @@ class Outages(WorkCase):
         self.assertEqual(worker.wait(8), 1)
         self.assertIn(job, worker.said())
         self.assertIn("will run again", worker.said())
+
+
+class Nemesis:
+    """Faults, at random and together, told by a seed. What it broke it also mends."""
+
+    def __init__(self, case: Torture, seed: int) -> None:
+        self.case, self.random = case, random.Random(seed)
+        self.counts: dict[str, int] = {}
+        self.stopped: list[tuple[float, float]] = []  # while a worker stood still
+        self.mends: list[tuple[float, Callable[[], None]]] = []
+
+    def step(self) -> None:
+        """One fault, or what mends an earlier one."""
+        name = self.random.choice(FAULTS)
+        self.counts[name] = self.counts.get(name, 0) + 1
+        with contextlib.suppress(pymysql.MySQLError, ProcessLookupError, IndexError):
+            getattr(self, name)()
+
+    def mend(self, all_of_them: bool = False) -> None:
+        due = [one for one in self.mends if all_of_them or time.monotonic() >= one[0]]
+        for one in due:
+            self.mends.remove(one)
+            with contextlib.suppress(pymysql.MySQLError, ProcessLookupError):
+                one[1]()
+
+    def later(self, seconds: float, mend: Callable[[], None]) -> None:
+        self.mends.append((time.monotonic() + seconds, mend))
+
+    def a_worker(self) -> int:
+        pids = [pid for one in self.case.workers for pid in one.children()]
+        return self.random.choice(pids)
+
+    def kill_worker(self) -> None:
+        os.kill(self.a_worker(), signal.SIGKILL)
+
+    def kill_supervisor(self) -> None:
+        at = self.random.randrange(len(self.case.workers))
+        self.case.workers[at].signal(signal.SIGKILL)
+        self.case.workers[at].wait()
+        self.case.workers[at] = self.case.begin()
+
+    def kill_shell(self) -> None:
+        shells = [pid for pid in descendants(self.a_worker()) if alive(pid)]
+        os.kill(self.random.choice(shells), signal.SIGKILL)
+
+    def kill_server(self) -> None:
+        os.kill(self.case.own.running(), signal.SIGKILL)
+        self.later(self.random.uniform(0, 1), lambda: None)
+        self.case.own.start()
+
+    def stop_worker(self) -> None:
+        pid, began = self.a_worker(), time.time()
+        os.kill(pid, signal.SIGSTOP)
+
+        def go_on() -> None:
+            os.kill(pid, signal.SIGCONT)
+            self.stopped.append((began, time.time() + 3))
+
+        self.later(self.random.uniform(1, 3), go_on)
+
+    def kill_connections(self) -> None:
+        for number, user in self.case.ask(
+            "SELECT id, user FROM information_schema.processlist"
+        ):
+            if user == "torture" and self.random.random() < 0.5:
+                with contextlib.suppress(pymysql.MySQLError):
+                    self.case.ask(f"KILL {number}")
+
+    def freeze(self) -> None:
+        held = self.case.connect()
+        held.cursor().execute("FLUSH TABLES WITH READ LOCK")
+        self.later(self.random.uniform(0.3, 1.5), held.close)
+
+    def read_only(self) -> None:
+        self.case.ask("SET GLOBAL read_only = 1")
+        self.later(0.7, lambda: self.case.ask("SET GLOBAL read_only = 0"))
+
+    def crowd(self) -> None:
+        self.case.ask("SET GLOBAL max_connections = 10")
+        self.later(0.7, lambda: self.case.ask("SET GLOBAL max_connections = 151"))
+
+    def lose_commits(self) -> None:
+        self.case.proxy.faults += self.random.choices(("before", "after", ""), k=4)
+
+    def silence(self) -> None:
+        self.case.proxy.hold()
+        self.later(0.5, self.case.proxy.open.set)
+
+    def refuse(self) -> None:
+        self.case.proxy.refuse()
+        self.case.proxy.cut()
+        self.later(0.5, self.case.proxy.pass_on)
+
+
+FAULTS = [
+    name
+    for name, value in vars(Nemesis).items()
+    if name[0] != "_" and name not in ("step", "mend", "later", "a_worker")
+]
+TORTURED = """there=$(cat book.$QUEUECTL_JOB_ID 2>/dev/null)
+if [ "$there" ] && tr '\\0' '\\n' </proc/$there/environ 2>/dev/null |
+    grep -qx "QUEUECTL_JOB_ID=$QUEUECTL_JOB_ID"
+then echo "$QUEUECTL_JOB_ID $(date +%s.%N) $there" >> overlaps; fi
+echo $$ > book.$QUEUECTL_JOB_ID
+echo "$QUEUECTL_JOB_ID $QUEUECTL_ATTEMPT start" >> book
+"""
+
+
+class Torture(WorkCase):
+    """Everything at once, against a book that the jobs keep outside the database.
+
+    QUEUECTL_TORTURE=3600 does it for so many seconds, QUEUECTL_SEED=… again as it was.
+    """
+
+    settings = {
+        **SCALED,
+        "QUEUECTL_HEARTBEAT": "0.3",
+        "QUEUECTL_WORKER_TIMEOUT": "1.2",
+        "QUEUECTL_KILL_GRACE": "0.5",
+        "QUEUECTL_BACKOFF_MAX": "0.2",
+    }
+
+    def connect(self) -> pymysql.connections.Connection:
+        return pymysql.connect(
+            unix_socket=self.own.socket,
+            user="root",
+            database="queuectl",
+            autocommit=True,
+            connect_timeout=2,
+            read_timeout=5,
+        )
+
+    def ask(self, query: str) -> list[tuple[object, ...]]:
+        with self.connect() as connection, connection.cursor() as cursor:
+            cursor.execute(query)
+            return list(cursor.fetchall())
+
+    def begin(self) -> Background:
+        self.begun += 1
+        door = self.doors[self.begun % 2]
+        return self.start("worker", "start", "--count", "4", **door)
+
+    def enqueue_some(self, batch: int) -> None:
+        """Twenty jobs, known as soon as their enqueue was acknowledged."""
+        jobs = []
+        for at in range(20):
+            pause = self.random.choice((0.0, 0.05, 0.2, 0.5))
+            code = self.random.choice((0, 0, 0, 0, 1))
+            end = (
+                f'sleep {pause}; echo "$QUEUECTL_JOB_ID $QUEUECTL_ATTEMPT end" >> book'
+            )
+            jobs.append(
+                {
+                    "id": f"j{batch}.{at}",
+                    "timeout": 5,
+                    "max_retries": 2,
+                    "command": f"{TORTURED}{end}; exit {code}",
+                }
+            )
+            if at % 5 == 4:
+                jobs[-1]["after_any"] = [f"j{batch}.{at - 1}"]
+        lines = "\n".join(map(json.dumps, jobs)).encode()
+        while True:
+            done = self.run_queuectl(
+                "enqueue",
+                "-q",
+                "-f",
+                "-",
+                "--if-absent",
+                stdin=lines,
+                DB_SOCKET=self.own.socket,
+            )
+            if done.returncode == 0:
+                break
+            self.assertEqual(done.returncode, 69, done.stderr.decode())
+        self.known += [str(job["id"]) for job in jobs]
+
+    def test_whatever_dies_no_job_is_lost_and_none_runs_twice_at_once(self) -> None:
+        seconds = float(os.environ.get("QUEUECTL_TORTURE", "20"))
+        seed = int(os.environ.get("QUEUECTL_SEED", str(time.time_ns() % 10**6)))
+        self.random = random.Random(seed)
+        self.own = queuectl.PrivateServer(self.path("own"), self.server.program)
+        self.own.start()
+        self.addCleanup(self.own.stop)
+        self.queuectl("db", "init", DB_SOCKET=self.own.socket)
+        self.ask("CREATE USER torture@'%' IDENTIFIED BY 'x'")
+        self.ask("GRANT ALL ON queuectl.* TO torture@'%'")
+        self.proxy = Proxy(self.own.socket)
+        self.addCleanup(self.proxy.close)
+        account = {"DB_USER": "torture", "DB_PASSWORD": "x"}
+        self.doors = (
+            {**account, "DB_SOCKET": self.own.socket},
+            {
+                **account,
+                "DB_SOCKET": "",
+                "DB_HOST": "127.0.0.1",
+                "DB_PORT": str(self.proxy.port),
+                "DB_SSL_MODE": "disabled",
+            },
+        )
+        self.known: list[str] = []
+        self.begun, batch = 0, 0
+        self.workers = [self.begin() for _ in range(3)]
+        nemesis, over = Nemesis(self, seed), threading.Event()
+
+        def torment() -> None:
+            while not over.wait(nemesis.random.uniform(0.05, 0.5)):
+                nemesis.mend()
+                nemesis.step()
+
+        thread = threading.Thread(target=torment)
+        thread.start()
+        try:
+            until = time.monotonic() + seconds
+            while time.monotonic() < until:
+                self.enqueue_some(batch)
+                batch += 1
+        finally:
+            over.set()
+            thread.join()
+            nemesis.mend(all_of_them=True)
+        self.own.start()
+        self.ask("SET GLOBAL read_only = 0")
+        self.ask("SET GLOBAL max_connections = 151")
+        again = f"QUEUECTL_TORTURE={seconds:g} QUEUECTL_SEED={seed}"
+        with self.subTest(again):
+            self.check(nemesis)
+        if seconds > 20:
+            print(f"{again}: {len(self.known)} jobs, {nemesis.counts}")
+
+    def check(self, nemesis: Nemesis) -> None:
+        """What the book and the tables say of it all."""
+        ended = "('completed', 'dead', 'cancelled')"
+        self.wait_until(
+            lambda: (
+                not self.ask(f"SELECT 1 FROM jobs WHERE state NOT IN {ended} LIMIT 1")
+            ),
+            "all have ended",
+            60,
+        )
+        for worker in self.workers:
+            worker.signal(signal.SIGTERM)
+        for worker in self.workers:
+            self.assertEqual(worker.wait(), 0, worker.said()[-2000:])
+        found = [str(row[0]) for row in self.ask("SELECT id FROM jobs")]
+        self.assertEqual(sorted(found), sorted(self.known))
+        ran = {line.split()[0] for line in self.lines("book")}
+        self.assertLessEqual(ran, set(self.known))
+        self.assertGreater(len(ran), len(self.known) * 0.9)
+        overlaps = [
+            line
+            for line in self.lines("overlaps")
+            if not any(
+                began <= float(line.split()[1]) <= end for began, end in nemesis.stopped
+            )
+        ]
+        self.assertEqual(overlaps, [], nemesis.stopped)
+        self.assertEqual(
+            self.ask(
+                "SELECT id, runs, COUNT(run), COUNT(runs.finished_at) FROM jobs LEFT "
+                "JOIN runs ON job = seq GROUP BY id, runs "
+                "HAVING COUNT(run) <> runs OR COUNT(runs.finished_at) <> runs"
+            ),
+            [],
+        )
+        self.assertEqual(
+            self.ask("SELECT id FROM jobs WHERE state = 'dead' ORDER BY id"),
+            self.ask("SELECT id FROM dlq ORDER BY id"),
+        )
+        self.assertEqual(self.ask("SELECT id FROM workers WHERE lost_at IS NULL"), [])
+        self.wait_until(lambda: not self.living(), "no process is left")
 
 
 class Daemon(WorkCase):
