@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import io
 import json
 import os
 import pty
@@ -2066,9 +2067,12 @@ class Doorbells(WorkCase):
 
     def bell(self, rung: list[int], note: str = "w -") -> queuectl.Doorbell:
         """A doorbell that is parked, and says when it was rung."""
-        bell = queuectl.Doorbell(self.desk().target, note, lambda: rung.append(1))
+        database = self.desk()
+        bell = queuectl.Doorbell(database.target, note, lambda: rung.append(1))
         bell.park()
-        self.addCleanup(bell._database.close)
+        self.addCleanup(bell._database.close)  # waits for the end of its sleep
+        self.addCleanup(queuectl.ring, database)
+        self.addCleanup(bell.leave)
         return bell
 
     def test_parking_ends_when_the_doorbell_is_switched_off(self) -> None:
@@ -2323,9 +2327,14 @@ class Scale(WorkCase):
 
     def test_bench_prints_its_figures_and_leaves_nothing(self) -> None:
         kept = self.put("true", queue="mine")
-        figures = json.loads(
-            self.queuectl("bench", "--jobs", "20", "--count", "2", "--json")
-        )
+        with (
+            unittest.mock.patch.dict(os.environ, self.environment),
+            unittest.mock.patch.object(queuectl, "IDLE_S", 1.0),
+            unittest.mock.patch.object(queuectl, "PICK_UPS", 10),
+            contextlib.redirect_stdout(io.StringIO()) as printed,
+        ):
+            queuectl.run(["bench", "--jobs", "20", "--count", "2", "--json"])
+        figures = json.loads(printed.getvalue())
         for name in ("enqueue_per_s", "drain_per_s", "xargs_per_s", "pick_up_p50_ms"):
             self.assertGreater(figures[name], 0, name)
         self.assertEqual((figures["jobs"], figures["count"]), (20, 2))
