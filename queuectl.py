@@ -97,6 +97,12 @@ def excerpt(value: object, limit: int = 60) -> str:
     text = text.encode("unicode_escape", "backslashreplace").decode("ascii")
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
+ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+ESCAPES.update({ord("\n"): "\\n", ord("\t"): "\\t", ord("\r"): "\\r"})
+ESCAPES.update({code: f"\\u{code:04x}" for code in  # those that turn text around
+                (0x200e, 0x200f, *range(0x2028, 0x202f), *range(0x2066, 0x206a))})
+MULTILINE = {code: text for code, text in ESCAPES.items() if code not in (9, 10)}
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """A hint naming the likely word, or an empty one."""
     import difflib
@@ -505,7 +511,7 @@ def _read_options(path: str, depth: int) -> Iterator[tuple[str, str]]:
             return
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             lines = [line.strip() for line in file]
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL in its name
         return
     wanted = False
     for line in lines:
@@ -514,7 +520,7 @@ def _read_options(path: str, depth: int) -> Iterator[tuple[str, str]]:
         if included and depth < 10:
             names = [included[2]]
             if included[1]:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, ValueError):
                     names = [os.path.join(included[2], name) for name in
                              sorted(os.listdir(included[2])) if name.endswith(".cnf")]
             for name in names:
@@ -560,8 +566,9 @@ def secret(name: str, variables: Mapping[str, str]) -> str:
     try:
         with open(path, encoding="utf-8") as file:
             return file.readline().rstrip("\r\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Problem(f"{name}_FILE: cannot read {path}: {error}",
+    except (OSError, ValueError) as error:  # not UTF-8, or a NUL in its name
+        raise Problem(f"{name}_FILE: cannot read {excerpt(path, 200)}: "
+                      f"{getattr(error, 'strerror', '') or 'not a text file'}",
                       status=UNAVAILABLE) from None
 
 @functools.lru_cache(maxsize=1)
@@ -924,7 +931,7 @@ class Policy:
     give_up: threading.Event = dataclasses.field(default_factory=threading.Event)
 
 def _whisper(text: str) -> None:
-    print(f"queuectl: {text}", file=sys.stderr, flush=True)
+    print(f"queuectl: {text.translate(MULTILINE)}", file=sys.stderr, flush=True)
 
 READING = Policy(patience_s=2, timeout_s=30, say=_whisper)
 WRITING = Policy(patience_s=10, timeout_s=10, say=_whisper)
@@ -4164,7 +4171,8 @@ class Log:
 
     def say(self, text: str) -> None:
         now = datetime.datetime.now(datetime.timezone.utc)
-        line = f"{say_time(now.replace(tzinfo=None))} [{os.getpid()}] {text}\n"
+        line = (f"{say_time(now.replace(tzinfo=None))} [{os.getpid()}] "
+                f"{text.translate(MULTILINE)}\n")
         with contextlib.suppress(OSError):  # a full disk must not end the work
             if self.path:
                 with contextlib.suppress(OSError):  # then it goes into the old file
@@ -4670,11 +4678,6 @@ class PrivateServer:
 # What people and programs read. Results go to standard output, talk to standard error.
 # No control character of a command or its output reaches a terminal.
 
-ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
-ESCAPES.update({ord("\n"): "\\n", ord("\t"): "\\t", ord("\r"): "\\r"})
-ESCAPES.update({code: f"\\u{code:04x}" for code in  # those that turn text around
-                (0x200e, 0x200f, *range(0x2028, 0x202f), *range(0x2066, 0x206a))})
-MULTILINE = {code: text for code, text in ESCAPES.items() if code not in (9, 10)}
 BOX = ("┌─┬┐", "│ ││", "├─┼┤", "└─┴┘")
 ASCII_BOX = ("+-++", "| ||", "+-++", "+-++")
 

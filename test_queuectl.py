@@ -259,6 +259,14 @@ class QueueCase(unittest.TestCase):
         return []
 
 
+def ignore_resources(case: unittest.TestCase) -> None:
+    """Have a test say nothing of what it leaves open."""
+    context = warnings.catch_warnings()
+    context.__enter__()
+    case.addCleanup(context.__exit__, None, None, None)
+    warnings.simplefilter("ignore", ResourceWarning)
+
+
 def descendants(pid: int) -> list[int]:
     """All processes below `pid`, by their parents."""
     parents: dict[int, list[int]] = {}
@@ -840,6 +848,100 @@ class SettingsTest(unittest.TestCase):
                 queuectl.find_target(self.environment({name: text}))
             self.assertEqual(caught.exception.status, 2)
             self.assertIn(name, caught.exception.what)
+
+
+class HostileTest(unittest.TestCase):
+    """Whatever is typed, stored or printed: a Problem in plain characters, or a value.
+
+    QUEUECTL_SEED=… does it again as it was.
+    """
+
+    pieces = (
+        *"\"'\\\0=#%@:/[]{}\n\r\t `;é\ud800\U0001f600\u202e",
+        *("\x1b[31m", "%s", "%00", "null", "true", "1e999", "-1", "9" * 400, "NaN"),
+        *("..", "$(x)", "!include ", "!includedir ", "[client]", "user", "host"),
+        *("mysql://", "?ssl-mode=", "command", "after", "env", "id", "delay"),
+        *("run_at", "2026-11-24T10:00:00Z", "1d", "a" * 300, "export A"),
+    )
+
+    def setUp(self) -> None:
+        self.seed = os.environ.get("QUEUECTL_SEED", str(time.time_ns() % 10**6))
+        self.random = random.Random(int(self.seed))
+        ignore_resources(self)  # of spools that a Problem leaves behind
+        self.file = tempfile.NamedTemporaryFile("wb", buffering=0)
+        self.addCleanup(self.file.close)
+
+    def text(self, most: int = 8) -> str:
+        return "".join(self.random.choices(self.pieces, k=self.random.randrange(most)))
+
+    def value(self, depth: int = 0) -> object:
+        plain = (None, True, 0, -1, 10**30, 1.5, float("inf"), self.text(), self.text())
+        made = [self.value(depth + 1) for _ in range(2)] if depth < 3 else []
+        return self.random.choice(
+            (*plain, made, {self.text(3): one for one in made}, self.text(3))
+        )
+
+    def write(self) -> str:
+        """The name of a file that holds anything."""
+        self.file.seek(0)
+        self.file.truncate()
+        self.file.write(self.text(16).encode("utf-8", "surrogatepass"))
+        return self.file.name
+
+    def test_nothing_but_a_problem_comes_of_what_cannot_be_read(self) -> None:
+        def environment(name: str, text: str) -> queuectl.Environment:
+            return queuectl.Environment((("here", {name: text, "DB_USER": "me"}),))
+
+        def readers() -> Sequence[Callable[[], object]]:
+            keys = [*queuectl.JOB_KEYS, self.text(3)]
+            job = {self.random.choice(keys): self.value() for _ in range(4)}
+            name = self.random.choice([*queuectl.VARIABLES])
+            knob = self.random.choice([*queuectl.KNOBS])
+            url = self.random.choice(("mysql://", "mariadb://u:p@", "")) + self.text()
+            line = [self.text().encode("utf-8", "surrogatepass")]
+            return (
+                lambda: queuectl.check_job({**job, "command": "x"}, {}),
+                lambda: queuectl.check_job(job, {}),
+                lambda: queuectl.check_job(queuectl.parse_json(self.text(12)), {}),
+                lambda: queuectl.spool_lines(line, self.random.random() < 0.5, {}),
+                lambda: queuectl.read_dotenv(self.write()),
+                lambda: queuectl.read_option_files(self.write()),
+                lambda: queuectl.find_target(environment("DATABASE_URL", url)),
+                lambda: queuectl.find_target(environment(name, self.text())),
+                lambda: queuectl.configure(
+                    environment(queuectl.variable_of(knob), self.text(4)),
+                    {knob: self.text(3)},
+                ),
+                lambda: queuectl.find_command([self.text(3) for _ in range(3)]),
+                lambda: queuectl.AGE.read(self.text(4), "age"),
+            )
+
+        for _ in range(1500):
+            for number, read in enumerate(readers()):
+                try:
+                    read()
+                except queuectl.Problem as problem:
+                    said = f"{problem.what} {problem.hint}"
+                    self.assertNotRegex(said, "[\0-\x08\x0b-\x1f\x7f\u202e]")
+                except Exception as error:
+                    self.fail(f"QUEUECTL_SEED={self.seed}, reader {number}: {error!r}")
+
+    def test_no_control_character_is_left_and_no_output_is_lost(self) -> None:
+        for _ in range(2000):
+            self.assertNotRegex(
+                queuectl.escaped(self.text()), "[\0-\x1f\x7f-\x9f\u202e]"
+            )
+            data = self.text(60).encode("utf-8", "surrogatepass") * 20
+            limit = self.random.randrange(2 * len(data) + 1)
+            output, seen, followed = queuectl.Output(limit), 0, b""
+            while seen < len(data):
+                step = self.random.randrange(1, limit + 2)
+                output.add(data[seen : seen + step])
+                followed += queuectl.unseen(output.kept(True), output.total, seen)
+                seen = output.total
+            if limit > 100:
+                self.assertEqual(followed, data, f"QUEUECTL_SEED={self.seed}")
+            self.assertLessEqual(len(output.kept()), max(limit, limit // 2 + 80))
 
 
 class RulesTest(unittest.TestCase):
@@ -3042,7 +3144,7 @@ echo "$QUEUECTL_JOB_ID $QUEUECTL_ATTEMPT start" >> book
 class Torture(WorkCase):
     """Everything at once, against a book that the jobs keep outside the database.
 
-    QUEUECTL_TORTURE=3600 does it for so many seconds, QUEUECTL_SEED=… again as it was.
+    QUEUECTL_TORTURE=3600 does it for so many seconds, QUEUECTL_SEED=… as it was.
     """
 
     settings = {
@@ -3119,8 +3221,7 @@ class Torture(WorkCase):
         seconds = float(os.environ.get("QUEUECTL_TORTURE", "20"))
         seed = int(os.environ.get("QUEUECTL_SEED", str(time.time_ns() % 10**6)))
         self.random = random.Random(seed)
-        warnings.simplefilter("ignore", ResourceWarning)  # of connections that died
-        self.addCleanup(warnings.resetwarnings)
+        ignore_resources(self)  # of connections that died
         self.own = queuectl.PrivateServer(self.path("own"), self.server.program)
         self.own.start()
         self.addCleanup(self.own.stop)
