@@ -4238,6 +4238,12 @@ def hold_pid_file(path: str) -> int:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _same_file(handle, path):  # else a stopping daemon has just removed it
                 os.ftruncate(handle, 0)
+                try:
+                    os.write(handle, b"\n" * 12)  # there is room for the number
+                except OSError as error:
+                    os.unlink(path)
+                    raise Problem(f"cannot write the PID file {path}: {error.strerror}",
+                                  "name another one: --pid-file FILE") from None
                 return handle
         os.close(handle)
         if time.monotonic() > until:
@@ -4416,7 +4422,7 @@ def launch(crew: Crew, start: Launch) -> int:
 
 def _serve(crew: Crew, start: Launch, held: int, ready_end: int = -1) -> int:
     if held >= 0:
-        os.write(held, f"{os.getpid()}\n".encode())
+        os.pwrite(held, f"{os.getpid()}\n".encode(), 0)
     served = f"queues {', '.join(crew.queues)}" if crew.queues else "all queues"
     slots = f"{start.count} slot{'s' * (start.count > 1)}"
 
@@ -6140,7 +6146,8 @@ def main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno == errno.EPIPE:
             return 0
-        _whisper(f"the output could not be written: {error.strerror}")
+        _whisper(f"cannot write to standard output or {tempfile.gettempdir()}: "
+                 f"{error.strerror}")
         return CANNOT
 
 if __name__ == "__main__":

@@ -4593,18 +4593,41 @@ class CommandsTest(WorkCase):
         with open("/dev/full", "w") as full:
             done = subprocess.run(
                 [sys.executable, SCRIPT, "list"],
-                env=self.environment,
+                env={**self.environment, "TMPDIR": self.folder},
                 stdout=full,
                 stderr=subprocess.PIPE,
                 check=False,
+                text=True,
             )
         self.assertEqual(
             (done.returncode, done.stderr),
             (
                 1,
-                b"queuectl: the output could not be written: No space left on device\n",
+                f"queuectl: cannot write to standard output or {self.folder}: "
+                "No space left on device\n",
             ),
         )
+
+    @unittest.skipUnless(os.geteuid() == 0, "needs the right to mount")
+    def test_a_full_disk_under_log_and_pid_file_is_said_and_stops_no_work(self) -> None:
+        full = self.path("full")
+        os.mkdir(full)
+        mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", full]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            self.skipTest("cannot mount")
+        self.addCleanup(subprocess.run, ["umount", "-l", full], check=False)
+        with contextlib.suppress(OSError), open(f"{full}/fill", "wb", 0) as file:
+            while file.write(b"0" * 1024):
+                pass
+        self.queuectl("worker", "start", "--daemon", f"--pid-file={full}/p", status=1)
+        self.assertIn(
+            f"cannot write the PID file {full}/p: No space left on device", self.errors
+        )
+        self.assertFalse(os.path.exists(f"{full}/p"))
+        self.queuectl("worker", "start", "--daemon", f"--log-file={full}/w.log")
+        self.addCleanup(self.run_queuectl, "worker", "stop", "--now")
+        self.wait_state(self.enqueue("exit 3", max_retries=0), State.DEAD)
+        self.queuectl("worker", "stop")
 
     def test_the_status_counts_and_warns(self) -> None:
         self.put_many(2, "true", queue="gpu")
