@@ -4912,10 +4912,12 @@ class _Explanation:
                 view.seq):
             if asked:
                 text += f"; cancelled {self._ago(asked)}, its worker is to end it"
-            if not beat_at or (self.now - beat_at).total_seconds() > lease / 2:
-                silent = self._since(beat_at) if beat_at else "its end"
-                text += (f"; its worker {view.worker} is silent since {silent}, lost "
-                         f"after {say_duration(lease or 0)} if another is there to see")
+            if not beat_at:
+                text += f"; its worker {view.worker} is gone: another is to take it over"
+            elif (self.now - beat_at).total_seconds() > lease / 2:
+                text += (f"; its worker {view.worker} has been silent for "
+                         f"{self._since(beat_at)}: lost after {say_duration(lease)}, "
+                         "if another is there to see")
         return text
 
     def _blocked(self) -> str:
