@@ -3753,7 +3753,9 @@ class Worker:
         self._nudges = post.neighbours.listener(post.number)
         self._selector.register(self._nudges, selectors.EVENT_READ, self._on_nudged)
         self._launchpad = Launchpad(os.environb)
-        self._policy = Policy(math.inf, max(2.0, self.settings.lease_s / 3), crew.say)
+        # One process tells of an outage for all.
+        tell = (lambda text: None) if post.number else crew.say
+        self._policy = Policy(math.inf, max(2.0, self.settings.lease_s / 3), tell)
         self._desk = self._new_desk()
         self._asked = False  # a request is under way
         self._requests: queue.SimpleQueue[Callable[[], Thunk]] = queue.SimpleQueue()
@@ -4913,7 +4915,7 @@ class _Explanation:
             if asked:
                 text += f"; cancelled {self._ago(asked)}, its worker is to end it"
             if not beat_at:
-                text += f"; its worker {view.worker} is gone: another is to take it over"
+                text += f"; its worker {view.worker} is gone, another is to take over"
             elif (self.now - beat_at).total_seconds() > lease / 2:
                 text += (f"; its worker {view.worker} has been silent for "
                          f"{self._since(beat_at)}: lost after {say_duration(lease)}, "
