@@ -2856,7 +2856,8 @@ class Office:
                  "permanent_exit_codes", "on_lost", "unique")
         columns = ", ".join(COLUMN_OF.get(name, name) for name in names)
         rows = self.database.rows(lambda *row: row, f"SELECT signature, {columns} "
-                                  "FROM jobs WHERE id = %s", job_id)
+                                  "FROM jobs WHERE id = %s", job_id) \
+            if NAME.fullmatch(job_id) else []
         if not rows:
             raise no_such_job(job_id)
         if not is_signed(*rows[0][:6]):
@@ -3108,10 +3109,11 @@ def some_of(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + more
 
 def states_of(database: Database, ids: Sequence[str]) -> dict[str, str]:
-    """The present states of some jobs."""
+    """The present states of those of some jobs that are there."""
+    named = [one for one in ids if NAME.fullmatch(one)]
     return dict(database.rows(
         lambda *row: row, "SELECT id, state FROM jobs "
-        f"WHERE id IN ({placeholders(ids)})", *ids)) if ids else {}
+        f"WHERE id IN ({placeholders(named)})", *named)) if named else {}
 
 def read_config(database: Database) -> dict[str, str]:
     """The config table, less the rows that are not settings."""
@@ -5867,8 +5869,9 @@ def dlq_retry(args: argparse.Namespace) -> int:
 
         def revived() -> Iterator[Result]:
             for job_id in ids:
-                yield desk.revive(job_id, "revive", args.retries, args.reset)
-                if args.dependents:
+                result = desk.revive(job_id, "revive", args.retries, args.reset)
+                yield result
+                if args.dependents and result.ok:
                     yield from desk.revive_dependents(job_id)
         return report(revived(), args.json, desk)
 

@@ -4584,6 +4584,21 @@ class CommandsTest(WorkCase):
             file.write("QUEUECTL_BACKOFF_BASE=5\n")
         self.assertIn("│ 5     │ ./.env", self.queuectl("config", "list"))
 
+    def test_an_id_that_cannot_be_is_no_job_to_any_verb(self) -> None:
+        for verb in (
+            ["show"],
+            ["explain"],
+            ["logs"],
+            ["rerun"],
+            ["wait"],
+            ["cancel"],
+            ["retry"],
+            ["dlq", "retry", "--dependents"],
+            ["dlq", "retry", "--dry-run"],
+        ):
+            self.queuectl(*verb, "é", status=1)
+            self.assertIn("no such job: ", self.errors)
+
     def test_a_full_disk_under_the_output_is_said(self) -> None:
         self.put_many(3, "true")
         with open("/dev/full", "w") as full:
