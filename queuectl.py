@@ -2929,7 +2929,8 @@ class Office:
         busy = {str(row["queue"]): row for row in self.queues()}
         none: dict[str, Json] = {}
         rows = []
-        for name in sorted({*busy, *(one for one, what in held.items() if any(what))}):
+        for name in sorted({*busy, *(one for one, what in held.items()
+                                     if what != (None, False))}):
             oldest = self.database.rows(
                 say_time, "SELECT MIN(created_at) FROM (SELECT created_at FROM jobs "
                 "FORCE INDEX (jobs_claim) WHERE state = 'pending' AND queue = %s "

@@ -3733,6 +3733,7 @@ class Lines(WorkCase):
     def test_queues_are_listed_with_limit_depth_and_pace(self) -> None:
         self.queuectl("queue", "limit", "video", "2")
         self.queuectl("queue", "pause", "mail")
+        self.queuectl("queue", "limit", "none", "0")
         self.put_many(3, "true", queue="etl")
         self.drain("--queue", "etl")
         self.put_many(2, "true", queue="etl")
@@ -3746,6 +3747,7 @@ class Lines(WorkCase):
             {
                 "etl": (2, 0, None, False),
                 "mail": (0, 0, None, True),
+                "none": (0, 0, 0, False),
                 "video": (0, 0, 2, False),
             },
         )
