@@ -67,6 +67,14 @@ def setUpModule() -> None:
     )
     QueueCase.server.start()
     unittest.addModuleCleanup(QueueCase.server.stop)
+    # Commands are run by a door that keeps the compiled file: that spares 70 ms each.
+    QueueCase.door = os.path.join(folder, "door.py")
+    with open(QueueCase.door, "w") as file:
+        file.write(
+            f"import sys\nsys.pycache_prefix = {folder!r}\nsys.path[0] = {HERE!r}\n"
+            "sys.dont_write_bytecode = False\n"
+            "import queuectl\nsys.exit(queuectl.main())\n"
+        )
     environment = {"DB_SOCKET": QueueCase.server.socket, "DB_USER": "root"}
     subprocess.run(
         [sys.executable, SCRIPT, "db", "init"],
@@ -119,6 +127,7 @@ class QueueCase(unittest.TestCase):
     """An empty queue, and the words the tests are written in."""
 
     server: queuectl.PrivateServer
+    door: str
     settings: Mapping[str, str] = SCALED
 
     def setUp(self) -> None:
@@ -155,7 +164,7 @@ class QueueCase(unittest.TestCase):
         self, *argv: str, stdin: bytes = b"", **variables: str
     ) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(
-            [sys.executable, SCRIPT, *argv],
+            [sys.executable, self.door, *argv],
             input=stdin,
             cwd=self.folder,
             capture_output=True,
@@ -916,7 +925,7 @@ class HostileTest(unittest.TestCase):
                 lambda: queuectl.AGE.read(self.text(4), "age"),
             )
 
-        for _ in range(1500):
+        for _ in range(500):
             for number, read in enumerate(readers()):
                 try:
                     read()
@@ -927,7 +936,7 @@ class HostileTest(unittest.TestCase):
                     self.fail(f"QUEUECTL_SEED={self.seed}, reader {number}: {error!r}")
 
     def test_no_control_character_is_left_and_no_output_is_lost(self) -> None:
-        for _ in range(2000):
+        for _ in range(700):
             self.assertNotRegex(
                 queuectl.escaped(self.text()), "[\0-\x1f\x7f-\x9f\u202e]"
             )
@@ -2600,11 +2609,12 @@ class Running(WorkCase):
             KEPT="kept",
             OWN="worker's",
         )
-        job = self.put(
+        job = self.enqueue(
             "env -0 > environment",
             queue="etl",
             max_retries=4,
-            env='{"OWN": "the job\'s", "DB_HOST": "mine"}',
+            env={"OWN": "the job's", "DB_HOST": "mine"},
+            cwd=self.folder,
         )
         self.drain()
         with open(self.path("environment")) as file:
@@ -4055,8 +4065,8 @@ class DeadLetters(WorkCase):
         ]
         with self.database.cursor() as cursor:
             cursor.executemany(
-                "INSERT INTO dlq (seq, id, exit_code, reason, last_line) "
-                "VALUES (%s, %s, %s, 'exit', %s)",
+                "INSERT INTO dlq (seq, id, exit_code, last_line) "
+                "VALUES (%s, %s, %s, %s)",
                 rows,
             )
         self.sql("DELETE FROM dlq WHERE id LIKE 'd%%'")
