@@ -1533,7 +1533,7 @@ JOB_KEYS = {
     "delay": Key(duration(), "not before this much time has passed", "D"),
     "run_at": Key(Kind(_read_time, "a time such as 2026-11-24T10:00:00Z"),
                   "not before this time", "TIME"),
-    "timeout": Key(duration(), "time limit of a run; 0: none", "D"),
+    "timeout": Key(duration(), "a run's time limit, else job_timeout; 0: none", "D"),
     "cwd": Key(_text(NOT_BLANK, 4096, "a path without NUL"), "directory it runs in",
                "DIR"),
     "env": Key(Kind(_read_env, "an object of strings", (dict,)),
@@ -1870,7 +1870,7 @@ def decide_blocked(cursor: Cursor, seqs: Sequence[int]) -> list[int]:
                  + f"seq IN ({placeholders(seqs)})", seqs)
     found = cursor.rows(
         lambda *row: row, f"SELECT child, SUM(NOT {MET}), SUM({HOPELESS}), CONCAT("
-        f"'waited for ', MIN(IF({HOPELESS}, CONCAT(parents.id, ', which is ', "
+        f"'waited for ', MIN(IF({HOPELESS}, CONCAT(parents.id, ', which was ', "
         f"parents.state), NULL))) FROM {PARENTS} JOIN jobs ON jobs.seq = child "
         f"WHERE jobs.state = 'blocked' AND child IN ({placeholders(seqs)}) "
         "GROUP BY child", *seqs)
@@ -4831,9 +4831,11 @@ class _Explanation:
         if view.state in (State.SCHEDULED, State.FAILED):
             return self._later()
         if view.state == State.DEAD:
-            return f"{self._dead()}, {ago}"
-        took = "" if view.duration is None else f" in {say_duration(view.duration)}"
-        where = f" on {self._host()}" if view.worker else ""
+            back = f"queuectl dlq retry {view.id}"
+            return f"{self._dead()}, {ago}; put it back: {back}"
+        ran = [run for run in self.job.history[-1:] if run.reason == view.reason]
+        took = f" in {say_duration(view.duration or 0)}" if ran else ""
+        where = f" on {self._host()}" if ran else ""
         return f"{view.state}{where}{took}, {ago}"
 
     def _rows(self, statement: str, *values: object) -> list[tuple[str, ...]]:
@@ -5082,7 +5084,7 @@ def _check_doorbell(one: Database, settings: Settings) -> Check:
 def _check_work(desk: Office) -> Iterator[Check]:
     idle = desk.unserved()
     yield Check("queues", not idle, f"no live worker serves {some_of(idle)}, where "
-                "jobs wait" if idle else "each with jobs has a live worker",
+                "jobs wait" if idle else "all that may run now are served",
                 f"start one: queuectl worker start --queue {','.join(idle)}")
     dead = desk.count_dead_letters(Filter("TRUE", ()))
     yield Check("dead letters", dead <= MANY_LETTERS, f"{dead:,}",
@@ -5994,8 +5996,7 @@ def db_check(args: argparse.Namespace) -> int:
             Check("PID file", standing.alive or not standing.found,
                   f"{path}: {told if standing.found else 'none'}",
                   "start a daemon: queuectl worker start --daemon"),
-            Check(".env", not readable, "; ".join(readable) or "private, or none",
-                  "chmod 600 it"))):
+            Check(".env", not readable, "; ".join(readable) or "private, or none"))):
         status |= not one.ok
         if args.json:
             put_json({**one._asdict(), "remedy": "" if one.ok else one.remedy})
@@ -6052,6 +6053,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = re.fullmatch(r"unrecognized arguments: (--[^ =]+).*", message)
         hint = nearest(unknown[1], self._option_string_actions) if unknown else ""
+        if not unknown and self.prog.endswith("enqueue"):
+            hint = "a program and its arguments go after --: enqueue -- echo hi"
         raise Problem(escaped(message), hint or f"see: {self.prog} --help", USAGE)
 
 def find_command(words: Sequence[str]) -> tuple[Command, list[str]]:

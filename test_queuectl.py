@@ -3560,7 +3560,7 @@ class Dependencies(WorkCase):
         )
         self.enqueue("true", id="late", after=["c999"])
         self.assert_state("late", State.DEAD)
-        self.assertIn("dead: waited for c999, which is dead", self.explain("late"))
+        self.assertIn("dead: waited for c999, which was dead", self.explain("late"))
         self.queuectl("cancel", self.enqueue("true", id="p"))
         self.enqueue("true", id="any", after_any=["p"])
         self.enqueue("true", id="all", after=["p"])
@@ -4337,6 +4337,7 @@ class CommandsTest(WorkCase):
             (["config", "get", "backof_base"], "did you mean backoff_base?"),
             (["list", "--limit", "-1"], "whole number"),
             (["show"], "ID"),
+            (["enqueue", "echo", "hi"], "go after --"),
             (["list", "extra"], "extra"),
             (["worker", "start", "--count=0"], ""),
         ):
