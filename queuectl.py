@@ -3066,6 +3066,8 @@ class Office:
             return made[-1][0]
         def verify(cursor: Cursor) -> Result | None:
             """What was made of it stands: it is no longer in the state that it left."""
+            if not made:
+                return nothing
             found, (result, was) = locked(cursor), made[-1]
             return result if result.ok and found and found[1] is not was else None
         if not re.fullmatch(NAME, job_id):
@@ -3844,9 +3846,9 @@ class Worker:
 
     def _end_orphans(self) -> list[str]:
         """End what dead processes of this host left running; their workers."""
-        found = self._desk.dead_neighbours(is_gone)
-        for marks in found.values():
-            end_marked(marks, self.settings.kill_grace)
+        found, settings = self._desk.dead_neighbours(is_gone), self.settings
+        for marks in found.values():  # no longer than our own beat may wait
+            end_marked(marks, min(settings.kill_grace, settings.lease_s / 4))
         return list(found)
 
     def _ask(self) -> None:
@@ -5685,9 +5687,9 @@ def run_here(args: argparse.Namespace) -> int:
     spool.add(check_job({"command": args.command or shlex.join(args.rest)}, given))
     with office(WRITING) as desk:
         enqueue(desk.database, spool, False)
-        ring(desk.database, 1, spool.queues)
         cancelled = False
         try:
+            ring(desk.database, 1, spool.queues)
             put_output(desk.follow(spool.first_id, 0, functools.partial(
                 _say_why, desk, spool.first_id)))
         except KeyboardInterrupt:
@@ -5760,9 +5762,8 @@ def purge_jobs(args: argparse.Namespace) -> None:
 
     A job that a blocked one waits for stays.
     """
-    ended = [State.COMPLETED, State.DEAD, State.CANCELLED]
-    if args.state not in ended:
-        raise Problem(f"--state: expected {', '.join(ended)}, "
+    if args.state not in ENDED:
+        raise Problem(f"--state: expected {', '.join(ENDED)}, "
                       f"not {excerpt(args.state)}",
                       "only what has ended can be purged", USAGE)
     state, before = State(args.state), AGE.read(args.before, "--before")
