@@ -2088,8 +2088,7 @@ class Desk:
         self._marked, self._settled = [], {}
         if not self._beat(cursor, ask):
             return Turn(alive=False)
-        changes = self._settle(cursor, ask.ended)
-        self._write_history(cursor, ask.flushes)
+        changes = self._settle(cursor, ask.ended, ask.flushes)
         due_s = min((change.verdict.wait_s for change in changes
                      if change.to is State.FAILED), default=math.inf)
         if look:
@@ -2144,11 +2143,15 @@ class Desk:
     def _settle_now(self, ended: Sequence[Ended]) -> None:
         self.database.transact(lambda cursor: self._settle(cursor, ended))
 
-    def _settle(self, cursor: Cursor, ended: Sequence[Ended]) -> list[Change]:
-        """Settle the runs that are still ours; the others are left alone."""
-        if not ended:
+    def _settle(self, cursor: Cursor, ended: Sequence[Ended],
+                flushes: Sequence[Ended] = ()) -> list[Change]:
+        """Settle the runs that are still ours, and show the output so far of those that
+        go on; the others are left alone."""
+        if not (ended or flushes):
             return []
-        ours = self._lock_runs(cursor, [held.seq for held, _ in ended])
+        ours = self._lock_runs(cursor, [held.seq for held, _ in (*ended, *flushes)])
+        self._write_history(cursor, [(held, end) for held, end in flushes
+                                     if (held.seq, held.token) in ours])
         changes = [self._decide(held, end, *ours[held.seq, held.token])
                    for held, end in ended if (held.seq, held.token) in ours]
         self._settled = {change.held.seq: change.held.token for change in changes}

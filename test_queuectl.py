@@ -2868,8 +2868,9 @@ class Crashes(WorkCase):
     def test_a_worker_stopped_past_its_lease_changes_nothing_and_ends_its_run(
         self,
     ) -> None:
+        late = "trap 'for i in 1 2 3 4 5 6 7; do echo late; sleep 0.1; done' TERM"
         job = self.put(
-            BOOKED + f"if {FIRST}; then sleep 60; else sleep 2; echo new; fi"
+            BOOKED + f"if {FIRST}; then {late}; sleep 60; else sleep 2; echo new; fi"
         )
         old = self.worker()
         self.wait_lines("starts", 1)
@@ -3138,11 +3139,12 @@ FAULTS = [
     for name, value in vars(Nemesis).items()
     if name[0] != "_" and name not in ("step", "mend", "later", "a_worker")
 ]
-TORTURED = """there=$(cat book.$QUEUECTL_JOB_ID 2>/dev/null)
+# A job's own book outside the database: who ran it, and whether that run still lives.
+TORTURED = """there=$(cut -d' ' -f1 book.$QUEUECTL_JOB_ID 2>/dev/null)
 if [ "$there" ] && tr '\\0' '\\n' </proc/$there/environ 2>/dev/null |
     grep -qx "QUEUECTL_JOB_ID=$QUEUECTL_JOB_ID"
-then echo "$QUEUECTL_JOB_ID $(date +%s.%N) $there" >> overlaps; fi
-echo $$ > book.$QUEUECTL_JOB_ID
+then echo "$QUEUECTL_JOB_ID $(date +%s.%N) $(cat book.$QUEUECTL_JOB_ID)" >> overlaps; fi
+echo $$ $PPID > book.$QUEUECTL_JOB_ID
 echo "$QUEUECTL_JOB_ID $QUEUECTL_ATTEMPT start" >> book
 """
 
