@@ -3752,7 +3752,7 @@ class Worker:
         self.opened = self.stopping = self.forced = self.retiring = self.retired = False
         self._nudged = False  # somebody says that there is something to look at
         self.grace_at = self.give_up_at = math.inf
-        self.next_look = self.next_judge = self.hold_until = 0.0
+        self.next_look = self.next_judge = self.hold_until = self.start_by = 0.0
         self.status = 0
         self._selector = selectors.DefaultSelector()
         self._read_wake, self._wake = catch_signals()
@@ -3887,7 +3887,7 @@ class Worker:
         if judge:
             self.next_judge = now + self.settings.heartbeat
         self.in_flight = ask
-        self._request(lambda: self._desk.turn(ask), self._on_turn)
+        self._request(lambda: self._desk.turn(ask), lambda turn: self._on_turn(turn, now))
 
     def _look_interval(self) -> float:
         """Seconds between two looks, where nobody says that there is something."""
@@ -3928,7 +3928,7 @@ class Worker:
         if not self.opened:
             self.retired = True
 
-    def _on_turn(self, turn: Turn) -> None:
+    def _on_turn(self, turn: Turn, asked_at: float) -> None:
         asked, self.in_flight = self.in_flight, None
         for note in turn.notes:
             self.crew.say(note)
@@ -3937,7 +3937,9 @@ class Worker:
         if not turn.alive:
             self._on_lost()
             return
-        self.claimed.extend(turn.jobs)
+        if turn.jobs:
+            self.claimed.extend(turn.jobs)
+            self.start_by = asked_at + self.settings.lease_s
         self.post.neighbours.report(self.post.number, self.busy)
         self.next_look = min(self.next_look, time.monotonic() + turn.due_s)
         if turn.look:
@@ -4008,7 +4010,8 @@ class Worker:
     # -- the processes' side
 
     def _start(self, job: Job) -> None:
-        if self.stopping:
+        # Stood we still for a lease since we asked, others may run it by now.
+        if self.stopping or time.monotonic() > self.start_by:
             self.ended.append((job.held, End(Reason.HANDED_BACK)))
             return
         if not is_signed(job.signature, job.held.id, job.command, job.cwd, job.env,
