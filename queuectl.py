@@ -3887,7 +3887,8 @@ class Worker:
         if judge:
             self.next_judge = now + self.settings.heartbeat
         self.in_flight = ask
-        self._request(lambda: self._desk.turn(ask), lambda turn: self._on_turn(turn, now))
+        self._request(lambda: self._desk.turn(ask),
+                      lambda turn: self._on_turn(turn, now))
 
     def _look_interval(self) -> float:
         """Seconds between two looks, where nobody says that there is something."""

@@ -21,6 +21,7 @@ import os
 import pty
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -2916,12 +2917,13 @@ class Crashes(WorkCase):
             DB_PORT=str(proxy.port),
             DB_SSL_MODE="disabled",
         )
-        [proxy.victim] = stopped = old.children()
+        [stopped] = old.children()
+        proxy.victim = stopped
         job = self.put(BOOKED + "sleep 2")
         self.wait_until(lambda: not proxy.victim, "it claims")
         self.worker()
         self.wait_lines("starts", 1)
-        os.kill(*stopped, signal.SIGCONT)
+        os.kill(stopped, signal.SIGCONT)
         self.wait_until(lambda: "declared lost" in old.said(), "it learns of it")
         self.wait_state(job, State.COMPLETED)
         self.assertEqual(self.reasons(job), ["lost", "exit"])
@@ -3085,14 +3087,24 @@ class Nemesis:
         self.case, self.random = case, random.Random(seed)
         self.counts: dict[str, int] = {}
         self.stopped: list[tuple[int, float, float]] = []  # who stood still, and when
+        self.heard: dict[Background, int] = {}  # how much of its log
         self.mends: list[tuple[float, Callable[[], None]]] = []
 
     def step(self) -> None:
         """One fault, or what mends an earlier one."""
         name = self.random.choice(FAULTS)
-        self.counts[name] = self.counts.get(name, 0) + 1
         with contextlib.suppress(pymysql.MySQLError, ProcessLookupError, IndexError):
             getattr(self, name)()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def listen(self) -> None:
+        """Learn which workers were cut off past their lease; their clocks may be
+        wrong."""
+        for one in self.case.workers:
+            news = one.said()[self.heard.get(one, 0) :]
+            self.heard[one] = self.heard.get(one, 0) + len(news)
+            for pid in re.findall(r"\[(\d+)\] this worker .* was declared lost", news):
+                self.stopped.append((int(pid), time.time() - 10, time.time() + 2))
 
     def mend(self, all_of_them: bool = False) -> None:
         due = [one for one in self.mends if all_of_them or time.monotonic() >= one[0]]
@@ -3115,6 +3127,7 @@ class Nemesis:
         at = self.random.randrange(len(self.case.workers))
         self.case.workers[at].signal(signal.SIGKILL)
         self.case.workers[at].wait()
+        self.listen()
         self.case.workers[at] = self.case.begin()
 
     def kill_shell(self) -> None:
@@ -3169,17 +3182,77 @@ class Nemesis:
         self.case.proxy.cut()
         self.later(0.5, self.case.proxy.pass_on)
 
+    def jump(self) -> None:
+        """A host's clock goes wrong by an hour, the server's by what jobs can wait."""
+        clock = self.random.choice(self.case.clocks)
+        seconds = self.random.choice((-1, 1)) * (
+            2 if clock.endswith("server") else 3600
+        )
+        set_clock(clock, seconds)
+        self.later(self.random.uniform(0.5, 3), lambda: set_clock(clock, 0))
+
 
 FAULTS = [
     name
-    for name, value in vars(Nemesis).items()
-    if name[0] != "_" and name not in ("step", "mend", "later", "a_worker")
+    for name in vars(Nemesis)
+    if name[0] != "_" and name not in ("step", "listen", "mend", "later", "a_worker")
 ]
+# Preloaded, a clock that is wrong by the seconds in the file CLOCK; other clocks stay.
+CLOCK_C = """
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+static const volatile signed char *wrong_by;
+__attribute__((constructor)) static void begin(void) {
+    char *path = getenv("CLOCK");
+    int file = path ? open(path, O_RDONLY | O_CLOEXEC) : -1;
+    void *page = mmap(0, 1, PROT_READ, MAP_SHARED, file, 0);
+    if (page != MAP_FAILED) wrong_by = page;
+    if (file >= 0) close(file);
+}
+int clock_gettime(clockid_t clock, struct timespec *at) {
+    int failed = syscall(SYS_clock_gettime, clock, at);
+    int faked = clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE;
+    if (!failed && faked && wrong_by)
+        at->tv_sec += wrong_by[0] * 60 + wrong_by[1];
+    return failed;
+}
+int gettimeofday(struct timeval *restrict at, void *restrict zone) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    at->tv_sec = now.tv_sec;
+    at->tv_usec = now.tv_nsec / 1000;
+    return 0;
+}
+time_t time(time_t *at) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    if (at) *at = now.tv_sec;
+    return now.tv_sec;
+}
+"""
+
+
+def set_clock(path: str, seconds: int) -> None:
+    """Have the clock that this file is for go wrong by so many seconds."""
+    with open(path, "r+b" if os.path.exists(path) else "wb") as file:
+        file.write(struct.pack("bb", seconds // 60, seconds % 60))
+
+
 # A job's own book outside the database: who ran it, and whether that run still lives.
-TORTURED = """there=$(cut -d' ' -f1 book.$QUEUECTL_JOB_ID 2>/dev/null)
+TORTURED = """unset LD_PRELOAD  # true times here
+there=$(cut -d' ' -f1 book.$QUEUECTL_JOB_ID 2>/dev/null)
 if [ "$there" ] && tr '\\0' '\\n' </proc/$there/environ 2>/dev/null |
     grep -qx "QUEUECTL_JOB_ID=$QUEUECTL_JOB_ID"
-then echo "$QUEUECTL_JOB_ID $(date +%s.%N) $PPID $(cat book.$QUEUECTL_JOB_ID)" >> overlaps; fi
+then
+    older=$(cat book.$QUEUECTL_JOB_ID)
+    echo "$QUEUECTL_JOB_ID $(date +%s.%N) $PPID $older" >> overlaps
+fi
 echo $$ $PPID > book.$QUEUECTL_JOB_ID
 echo "$QUEUECTL_JOB_ID $QUEUECTL_ATTEMPT start" >> book
 """
@@ -3225,8 +3298,37 @@ class Torture(WorkCase):
     def begin(self) -> Background:
         self.begun += 1
         door = self.doors[self.begun % 2]
-        self.all.append(self.start("worker", "start", "--count", "4", **door))
+        clock = self.clock(f"clock.{self.begun % 2}")
+        self.all.append(self.start("worker", "start", "--count", "4", **door, **clock))
         return self.all[-1]
+
+    def clock(self, name: str) -> dict[str, str]:
+        """The variables of a program whose clock can be set, if there is a compiler."""
+        compiler, shim, clock = (
+            shutil.which("cc"),
+            self.path("clock.so"),
+            self.path(name),
+        )
+        if not compiler:
+            return {}
+        if not os.path.exists(shim):
+            command = [compiler, "-x", "c", "-shared", "-fPIC", "-o", shim, "-"]
+            subprocess.run(command, input=CLOCK_C.encode(), check=True)
+        if clock not in self.clocks:
+            set_clock(clock, 0)
+            self.clocks.append(clock)
+        return {"LD_PRELOAD": shim, "CLOCK": clock}
+
+    def own_server(self) -> queuectl.PrivateServer:
+        """A server, with a clock that can be set."""
+        words = [f"{key}={value}" for key, value in self.clock("server").items()]
+        program = self.path(os.path.basename(self.server.program))
+        with open(program, "w") as file:
+            file.write(
+                f'#!/bin/sh\nexec env {shlex.join(words)} {self.server.program} "$@"\n'
+            )
+        os.chmod(program, 0o755)
+        return queuectl.PrivateServer(self.path("own"), program)
 
     def enqueue_some(self, batch: int) -> None:
         """Twenty jobs, known as soon as their enqueue was acknowledged."""
@@ -3270,11 +3372,14 @@ class Torture(WorkCase):
         seed = int(os.environ.get("QUEUECTL_SEED", str(time.time_ns() % 10**6)))
         self.random = random.Random(seed)
         ignore_resources(self)  # of connections that died
-        self.own = queuectl.PrivateServer(self.path("own"), self.server.program)
+        self.clocks: list[str] = []
+        self.own = self.own_server()
         self.own.start()
         self.addCleanup(self.own.stop)
         self.queuectl("db", "init", DB_SOCKET=self.own.socket)
-        self.ask("CREATE USER torture@'%'")  # with a password a restarted MySQL wants TLS
+        self.ask(
+            "CREATE USER torture@'%'"
+        )  # with a password a restarted MySQL wants TLS
         self.ask("GRANT ALL ON queuectl.* TO torture@'%'")
         self.proxy = Proxy(self.own.socket)
         self.addCleanup(self.proxy.close)
@@ -3296,6 +3401,7 @@ class Torture(WorkCase):
 
         def torment() -> None:
             while not over.wait(nemesis.random.uniform(0.05, 0.5)):
+                nemesis.listen()
                 nemesis.mend()
                 nemesis.step()
 
@@ -3341,13 +3447,7 @@ class Torture(WorkCase):
         ran = {line.split()[0] for line in self.lines("book")}
         self.assertLessEqual(ran, set(self.known))
         self.assertGreater(len(ran), len(self.known) * 0.9)
-        for one in self.all:
-            for line in one.said().splitlines():
-                if "was declared lost" in line:
-                    moment = datetime.datetime.fromisoformat(line[:23] + "+00:00")
-                    pid = int(line[line.index("[") + 1 : line.index("]")])
-                    learned = moment.timestamp()
-                    nemesis.stopped.append((pid, learned - 10, learned + 2))
+        nemesis.listen()
         overlaps = [line.split() for line in self.lines("overlaps")]
         unexplained = [
             [job, moment, worker, older, its_worker]
