@@ -9,7 +9,8 @@ CREATE TABLE IF NOT EXISTS config (
   value      VARCHAR(1024) COLLATE utf8mb4_bin NOT NULL,
   changed_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6))
 ) ENGINE = InnoDB DEFAULT CHARACTER SET ascii COLLATE ascii_bin;
-INSERT IGNORE INTO config (`key`, value) VALUES ('schema_version', '1/1');
+INSERT IGNORE INTO config (`key`, value) VALUES
+  ('schema_version', '1/1');
 
 -- Every column but `command` has a default, so that an application may enqueue with
 -- INSERT INTO jobs (command) VALUES ('...') inside its own transaction. Lengths have

@@ -747,8 +747,8 @@ class Judge:
 # comes first, so that a half-made schema is known as ours and completed.
 
 SCHEMA_VERSION = 1
-# The version row says `schema/oldest schema whose programs may still write`.
-SCHEMA = """\
+OLDEST_WRITER = 1  # the oldest schema whose programs may still write
+SCHEMA = f"""\
 -- The tables of queuectl, whole and current. Running this twice, or over an older
 -- schema, changes nothing; `queuectl db init` does the same and also upgrades.
 CREATE DATABASE IF NOT EXISTS `queuectl`
@@ -760,7 +760,8 @@ CREATE TABLE IF NOT EXISTS config (
   value      VARCHAR(1024) COLLATE utf8mb4_bin NOT NULL,
   changed_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6))
 ) ENGINE = InnoDB DEFAULT CHARACTER SET ascii COLLATE ascii_bin;
-INSERT IGNORE INTO config (`key`, value) VALUES ('schema_version', '1/1');
+INSERT IGNORE INTO config (`key`, value) VALUES
+  ('schema_version', '{SCHEMA_VERSION}/{OLDEST_WRITER}');
 
 -- Every column but `command` has a default, so that an application may enqueue with
 -- INSERT INTO jobs (command) VALUES ('...') inside its own transaction. Lengths have
@@ -864,6 +865,17 @@ CREATE TABLE IF NOT EXISTS schedules (
 ) ENGINE = InnoDB DEFAULT CHARACTER SET ascii COLLATE ascii_bin;
 """
 
+class Upgrade(NamedTuple):
+    """A step from an older schema: one column or index more."""
+    to: int  # the schema that it belongs to
+    why: str
+    adds: tuple[str, str]  # table, and column or index: done where it is missing
+    statement: str
+
+# One that has shipped never changes. Programs of the schema before write on until they
+# have read the version row: a step only adds, and what it adds has a default.
+UPGRADES: Sequence[Upgrade] = ()
+
 def schema_statements() -> list[str]:
     """The statements of SCHEMA that make tables: without CREATE DATABASE and USE."""
     text = re.sub(r"(?m)^(--.*|CREATE DATABASE [^;]*;|USE .*;)\n", "", SCHEMA)
@@ -935,6 +947,7 @@ def _whisper(text: str) -> None:
 
 READING = Policy(patience_s=2, timeout_s=30, say=_whisper)
 WRITING = Policy(patience_s=10, timeout_s=10, say=_whisper)
+UPGRADING = Policy(patience_s=20, timeout_s=4 * 3600, say=_whisper)
 
 class RefuseClearText:
     """Answers a server that asks for the password in clear text: with nothing."""
@@ -1263,7 +1276,7 @@ class Database:
         cursor.execute(f"SET SESSION TRANSACTION ISOLATION LEVEL {level}")
         if not self.bare:
             cursor.execute("SELECT value FROM config WHERE `key` = 'schema_version'")
-            check_schema(cursor.fetchone(), self.target.database)
+            check_schema(_single(cursor), self.target.database)
         return not read_only
 
 _TLS_OFFERED, _MULTI_STATEMENTS = 1 << 11, 1 << 16
@@ -1359,6 +1372,9 @@ def explain_error(target: Target, error: Exception) -> Unreachable:
         what = f"the account {account} lacks a right in {place}: {text}"
         hint = ("grant it (README, Accounts), or use another account; an administrator "
                 "makes the tables by: queuectl db schema | mysql -u root -p")
+    elif diagnose(error)[0] is Trouble.REPEAT:
+        what = f"others hold locks in {place}: {text}"
+        hint = "try again; a long transaction is in SHOW PROCESSLIST"
     elif code in (2026, 2059, 3159):
         what = f"no secure connection to {place}: {text}"
         hint = "check DB_SSL_MODE and DB_SSL_CA"
@@ -1378,21 +1394,26 @@ def explain_error(target: Target, error: Exception) -> Unreachable:
         hint = "check that the server runs, and DB_HOST, DB_PORT and DB_SOCKET"
     return Unreachable(what, hint)
 
-def check_schema(row: Row | None, database: str) -> None:
-    """Refuse tables that this program does not know."""
-    words = str(row[0]).split("/") if row else []
+def schema_of(row: object, database: str) -> int:
+    """The schema that a version row tells of; refused: newer than we may write."""
+    words = str(row).split("/")
     if len(words) != 2 or not all(word.isdigit() for word in words):
         raise Problem(f"the database {database} has a config table without queuectl's "
                       "schema version: it is not a queue",
                       "name another database in DB_NAME", UNAVAILABLE)
     version, oldest_writer = map(int, words)
-    tables = f"the tables in {database} are of schema {version}"
     if oldest_writer > SCHEMA_VERSION:
-        raise Problem(
-            f"{tables}, newer than this program ({VERSION}, schema {SCHEMA_VERSION})",
-            "install the newer queuectl.py on this host", UNAVAILABLE)
+        raise Problem(f"the tables in {database} are of schema {version}, newer than "
+                      f"this program ({VERSION}, schema {SCHEMA_VERSION})",
+                      "install the newer queuectl.py on this host", UNAVAILABLE)
+    return version
+
+def check_schema(row: object, database: str) -> None:
+    """Refuse tables that this program does not know."""
+    version = schema_of(row, database)
     if version < SCHEMA_VERSION:
-        raise Problem(f"{tables}, older than this program needs ({SCHEMA_VERSION})",
+        raise Problem(f"the tables in {database} are of schema {version}, older than "
+                      f"this program needs ({SCHEMA_VERSION})",
                       "run: queuectl db init", UNAVAILABLE)
 
 def placeholders(values: Collection[object]) -> str:
@@ -1417,7 +1438,7 @@ def insertions(cursor: Cursor, packet_bytes: int, head: str,
         yield f"{head} {', '.join(parts)} {tail}"
 
 def init_database(target: Target) -> str:
-    """Create the database and its tables where they are missing; says what was done.
+    """Create the database and its tables, or upgrade them; says what was done.
 
     Refused, with nothing changed: tables newer than this program, and a `jobs` table
     that is not ours. Two at once wait for each other by a named lock.
@@ -1434,28 +1455,49 @@ def init_database(target: Target) -> str:
         cursor.execute("SELECT GET_LOCK(%s, 10)", (lock,))
         if not _single(cursor):
             raise Problem("another queuectl db init is at work", "try again soon")
-        found = _existing_version(cursor, target.database)
-        for statement in schema_statements():
-            cursor.execute(statement)
-        done = "is there already" if found else "created"
-        return f"schema {SCHEMA_VERSION} {done} in {target}"
+        # While we wait for the end of a long transaction all others wait for us.
+        cursor.execute("SET SESSION lock_wait_timeout = 1")
+        found = _existing_schema(cursor, target.database)
+        if found <= SCHEMA_VERSION:
+            _upgrade(cursor, found)
+        done = (f"{SCHEMA_VERSION} created" if not found else
+                f"{found} is there already" if found >= SCHEMA_VERSION else
+                f"{found} upgraded to {SCHEMA_VERSION}")
+        return f"schema {done} in {target}"
     # Closing lets the lock go.
-    with contextlib.closing(Database(target, WRITING, bare=True)) as database:
+    with contextlib.closing(Database(target, UPGRADING, bare=True)) as database:
         return database.read(work)
 
-def _existing_version(cursor: Cursor, database: str) -> bool:
-    cursor.execute("SELECT table_name FROM information_schema.tables "
-                   "WHERE table_schema = %s AND table_name IN ('jobs', 'config')",
-                   (database,))
-    tables = {str(row[0]) for row in cursor.fetchall()}
+def _existing_schema(cursor: Cursor, database: str) -> int:
+    """0: there is none, or one whose making broke off."""
+    tables = cursor.rows(str, "SELECT table_name FROM information_schema.tables "
+                         "WHERE table_schema = %s", database)
     if "config" in tables:
         cursor.execute("SELECT value FROM config WHERE `key` = 'schema_version'")
-        check_schema(cursor.fetchone(), database)
+        version = _single(cursor)
+        if version is not None or "jobs" in tables or cursor.rows(
+                str, "SELECT value FROM config LIMIT 1"):
+            return schema_of(version, database)
     elif "jobs" in tables:
         raise Problem(f"{database} has a jobs table that is not queuectl's: "
                       "nothing was changed", "name another database in DB_NAME",
                       UNAVAILABLE)
-    return "config" in tables
+    return 0
+
+def _upgrade(cursor: Cursor, found: int) -> None:
+    """Add what is missing. Broken off, it is done again from its beginning."""
+    for statement in schema_statements():
+        cursor.execute(statement)
+    for step in UPGRADES:
+        there = cursor.rows(
+            str, "SELECT 1 FROM information_schema.columns WHERE table_schema = "
+            "DATABASE() AND (table_name, column_name) = (%s, %s) UNION ALL "
+            "SELECT 1 FROM information_schema.statistics WHERE table_schema = "
+            "DATABASE() AND (table_name, index_name) = (%s, %s)", *step.adds * 2)
+        if found < step.to and not there:
+            cursor.execute(step.statement)
+    cursor.execute("UPDATE config SET value = %s WHERE `key` = 'schema_version'",
+                   (f"{SCHEMA_VERSION}/{OLDEST_WRITER}",))
 
 def _single(cursor: Cursor) -> object:
     """The one value of a one-row answer."""
@@ -3973,8 +4015,7 @@ class Worker:
         elif look.waiting and self.busy >= self.post.slots:
             neighbours.wake([one for one in neighbours.idle() if one in others][:1])
         try:
-            version = look.config.get("schema_version")
-            check_schema((version,) if version else None, self.crew.target.database)
+            check_schema(look.config.get("schema_version"), self.crew.target.database)
             configured = configure(self.environment, look.config)
         except Problem as problem:
             if not self.stopping:
@@ -4567,6 +4608,10 @@ def find_server() -> str:
                       "at a server", UNAVAILABLE)
     return found
 
+# A MariaDB that starts deletes the temporary tables of all others that share its
+# folder for them, and was seen to crash one by that (10.11.19).
+OWN_TMPDIR = "--tmpdir=."
+
 class PrivateServer:
     """A server in a folder of its own: start and stop, as often as one likes."""
     def __init__(self, folder: str, program: str = "") -> None:
@@ -4643,7 +4688,7 @@ class PrivateServer:
         making = os.path.join(self.folder, "data.new")
         shutil.rmtree(making, ignore_errors=True)
         command = [self.program, "--no-defaults", "--initialize-insecure",
-                   f"--datadir={making}"]
+                   f"--datadir={making}", OWN_TMPDIR]
         if self._mariadb():
             for tool in ("my_print_defaults", "mariadb-install-db"):
                 installer = shutil.which(tool) or ""
@@ -4651,7 +4696,7 @@ class PrivateServer:
                     raise Problem(f"{self.program} is there, but {tool} is not",
                                   f"install both (Debian: apt install {MARIADB})",
                                   UNAVAILABLE)
-            command = [installer, "--no-defaults", "--datadir=./data.new",
+            command = [installer, "--no-defaults", "--datadir=./data.new", OWN_TMPDIR,
                        "--skip-test-db", "--auth-root-authentication-method=normal"]
         command += ["--user=root"] if os.geteuid() == 0 else []
         with open(self.log, "ab") as log:
@@ -4664,7 +4709,7 @@ class PrivateServer:
     def _launch(self) -> None:
         command = [self.program, "--no-defaults", f"--datadir={self._data}",
                    f"--socket={self.socket}", "--skip-networking",
-                   f"--pid-file={self._pid_file}"]
+                   f"--pid-file={self._pid_file}", OWN_TMPDIR]
         command += ["--user=root"] if os.geteuid() == 0 else []
         command += [] if self._mariadb() else ["--mysqlx=OFF"]
         with open(self.log, "ab") as log:

@@ -129,6 +129,7 @@ class QueueCase(unittest.TestCase):
 
     server: queuectl.PrivateServer
     door: str
+    script = SCRIPT
     settings: Mapping[str, str] = SCALED
 
     def setUp(self) -> None:
@@ -204,7 +205,7 @@ class QueueCase(unittest.TestCase):
         log = self.path(f"background-{time.monotonic_ns()}.log")
         with open(log, "wb") as file:
             process = subprocess.Popen(
-                [sys.executable, SCRIPT, *argv],
+                [sys.executable, self.script, *argv],
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
@@ -2679,6 +2680,135 @@ class Running(WorkCase):
         )
 
 
+class Upgrades(WorkCase):
+    """Two releases beside each other; the newer one's tables have a column more."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.sql("DROP DATABASE IF EXISTS queuectl_other")
+        self.sql("CREATE DATABASE queuectl_other")
+        self.addCleanup(self.sql, "DROP DATABASE IF EXISTS queuectl_other")
+        self.sql("USE queuectl_other")
+        self.environment["DB_NAME"] = "queuectl_other"
+        self.queuectl("db", "init")
+
+    def release(self, name: str, oldest_writer: int) -> str:
+        """The path of a program of schema 2."""
+        text = read_file("queuectl.py")
+        for old, new in (
+            ("\nSCHEMA_VERSION = 1\n", "\nSCHEMA_VERSION = 2\n"),
+            ("\nOLDEST_WRITER = 1 ", f"\nOLDEST_WRITER = {oldest_writer} "),
+            ("\n  command     MEDIUM", "\n  note VARCHAR(9) NULL,\n  command MEDIUM"),
+            ("\n  KEY jobs_due", "\n  KEY jobs_note (note),\n  KEY jobs_due"),
+            (
+                "UPGRADES: Sequence[Upgrade] = ()",
+                "UPGRADES: Sequence[Upgrade] = (\n"
+                "    Upgrade(2, 'why', ('jobs', 'note'),\n"
+                "            'ALTER TABLE jobs ADD COLUMN note VARCHAR(9) NULL'),\n"
+                "    Upgrade(2, 'why', ('jobs', 'jobs_note'),\n"
+                "            'ALTER TABLE jobs ADD KEY jobs_note (note)'))",
+            ),
+        ):
+            self.assertEqual(text.count(old), 1, old)
+            text = text.replace(old, new)
+        with open(self.path(name), "w") as file:
+            file.write(text)
+        return self.path(name)
+
+    def use(self, script: str) -> None:
+        self.script = self.door = script
+
+    def has_the_column(self) -> bool:
+        there = self.sql("SHOW COLUMNS FROM jobs LIKE 'note'")
+        return bool(
+            there and self.sql("SHOW KEYS FROM jobs WHERE key_name='jobs_note'")
+        )
+
+    def test_an_older_schema_is_upgraded_under_load_and_its_workers_stop(self) -> None:
+        old = [self.worker("--count", "4") for _ in range(2)]
+        self.put_many(300, "echo x >> ran; sleep 0.05; echo x >> done")
+        long = self.put("sleep 2; echo x >> done", priority=1)
+        self.wait_lines("done", 20)
+        self.use(self.release("newer.py", 2))
+        for argv in (["list"], ["enqueue", "-c", "true"], ["worker", "start"]):
+            self.queuectl(*argv, status=69)
+            self.assertIn("of schema 1, older than this program needs (2)", self.errors)
+            self.assertIn("run: queuectl db init", self.errors)
+        racers = [self.start("db", "init") for _ in range(3)]
+        self.assertEqual([one.wait() for one in racers], [0] * 3)
+        said = " ".join(one.said() for one in racers)
+        self.assertEqual(
+            said.count("schema 1 upgraded to 2 in queuectl_other"), 1, said
+        )
+        self.assertEqual(said.count("schema 2 is there already"), 2, said)
+        for worker in old:
+            self.assertEqual(worker.wait(), 1)
+            self.assertIn("newer than this program", worker.said())
+            self.assertNotIn("Traceback", worker.said())
+        self.assertEqual(self.state(long), State.COMPLETED)
+        self.assertEqual(self.counts().get("processing"), None)
+        self.assertEqual(len(self.lines("ran")), len(self.lines("done")) - 1)
+        self.assertLess(len(self.lines("done")), 301)
+        self.drain("--count", "8")
+        self.assertEqual(self.counts(), {"completed": 301})
+        self.assertEqual(self.sql("SELECT DISTINCT attempts, runs FROM jobs"), [(1, 1)])
+        self.assertEqual(len(self.lines("done")), 301)
+        self.use(SCRIPT)
+        for argv in (["list"], ["db", "init"], ["worker", "start"]):
+            self.queuectl(*argv, status=69)
+            self.assertIn("install the newer queuectl.py on this host", self.errors)
+
+    def test_workers_that_may_still_write_go_on_beside_newer_ones(self) -> None:
+        old = self.worker("--queue", "old")
+        self.use(self.release("newer.py", 1))
+        self.assertIn("upgraded to 2", self.queuectl("db", "init"))
+        new = self.worker("--queue", "new")
+        jobs = [self.put("true", queue=name) for name in ("old", "new")]
+        for job in jobs:
+            self.wait_state(job, State.COMPLETED)
+        self.use(SCRIPT)
+        self.assertIn("schema 2 is there already", self.queuectl("db", "init"))
+        self.assertEqual(
+            self.sql("SELECT value FROM config WHERE `key` = 'schema_version'"),
+            [("2/1",)],
+        )
+        for worker in (old, new):
+            worker.signal(signal.SIGTERM)
+            self.assertEqual(worker.wait(), 0)
+
+    def test_an_upgrade_that_broke_off_is_completed(self) -> None:
+        self.use(self.release("newer.py", 2))
+        self.sql("ALTER TABLE jobs ADD COLUMN note VARCHAR(9) NULL")
+        self.assertFalse(self.has_the_column())
+        self.assertIn("upgraded to 2", self.queuectl("db", "init"))
+        self.assertTrue(self.has_the_column())
+        self.assertIn("is there already", self.queuectl("db", "init"))
+
+    def test_an_init_that_broke_off_at_its_first_table_is_completed(self) -> None:
+        self.sql("DELETE FROM config")
+        for table in TABLES:
+            self.sql(f"DROP TABLE {table}")
+        self.assertIn("schema 1 created", self.queuectl("db", "init"))
+        self.drain()
+
+    def test_an_upgrade_waits_for_a_long_transaction_and_work_goes_on(self) -> None:
+        self.worker()
+        self.use(self.release("newer.py", 1))
+        dump = pymysql.connect(
+            unix_socket=self.server.socket, user="root", database="queuectl_other"
+        )
+        self.addCleanup(dump.close)
+        dump.cursor().execute("SELECT * FROM jobs")  # and no COMMIT
+        upgrade = self.start("db", "init")
+        for _ in range(2):
+            self.wait_state(self.put("true"), State.COMPLETED)
+            self.wait_beats(2)
+        self.assertIsNone(upgrade.process.poll())
+        dump.rollback()
+        self.assertEqual(upgrade.wait(), 0, upgrade.said())
+        self.assertTrue(self.has_the_column())
+
+
 class Steering(WorkCase):
     """Stop, grace, cancel, drain, and settings that change while workers run."""
 
@@ -3135,8 +3265,9 @@ class Nemesis:
         os.kill(self.random.choice(shells), signal.SIGKILL)
 
     def kill_server(self) -> None:
-        os.kill(self.case.own.running(), signal.SIGKILL)
-        self.later(self.random.uniform(0, 1), lambda: None)
+        pid = self.case.own.running()
+        if pid:
+            os.kill(pid, signal.SIGKILL)
         self.case.own.start()
 
     def stop_worker(self) -> None:
@@ -4295,6 +4426,10 @@ class Servers(WorkCase):
         self.assertEqual(server.running(), 0)
 
     def test_db_start_serves_a_folder_whose_socket_path_is_too_long(self) -> None:
+        os.mkdir(self.path("tmp"))
+        self.environment["TMPDIR"] = self.path("tmp")
+        others = self.path("tmp/#sql-temptable-1-2-3.MAI")  # of another MariaDB
+        open(others, "w").close()
         self.folder = self.path("deep" * 12 + "/" + "deeper" * 12)
         os.makedirs(self.folder)
         for name in ("DB_SOCKET", "DB_USER"):
@@ -4319,6 +4454,7 @@ class Servers(WorkCase):
         self.assertFalse(alive(int(pid)))
         self.queuectl("list", status=69)
         self.assertIn("queuectl db start", self.errors)
+        self.assertTrue(os.path.exists(others))
 
 
 class Messages(WorkCase):
