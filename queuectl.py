@@ -1360,6 +1360,7 @@ def explain_error(target: Target, error: Exception) -> Unreachable:
     """What a person should read about an error; no password in it."""
     code = diagnose(error)[1]
     text = str(error.args[-1]) if error.args else type(error).__name__
+    text = text.translate(ESCAPES)  # a hostile server's too
     account = f"{target.user!r} (from {target.account_source})"
     place = f"{target} (from {target.source})"
     if code in (1045, 1698):
@@ -3697,7 +3698,8 @@ class Ledger:
         self._write(self._free.pop(), mark)
 
     def strike(self, mark: str) -> None:
-        cell = self._memory.find(mark.encode()) // self.CELL
+        # To its end: a turn's marks differ in their numbers only, and 7 begins 70.
+        cell = self._memory.find(mark.encode() + b"\0") // self.CELL
         self._write(cell, "")
         self._free.append(cell)
 

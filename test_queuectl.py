@@ -21,6 +21,7 @@ import os
 import pty
 import random
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -35,6 +36,7 @@ import threading
 import time
 import unittest
 import unittest.mock
+import uuid
 import warnings
 from typing import Callable, Mapping, Sequence
 
@@ -76,13 +78,21 @@ def setUpModule() -> None:
             "sys.dont_write_bytecode = False\n"
             "import queuectl\nsys.exit(queuectl.main())\n"
         )
-    environment = {"DB_SOCKET": QueueCase.server.socket, "DB_USER": "root"}
+    with QueueCase.connection(password="", database=None) as database:
+        database.cursor().execute(
+            "ALTER USER root@localhost IDENTIFIED BY %s", QueueCase.password
+        )
     subprocess.run(
         [sys.executable, SCRIPT, "db", "init"],
         check=True,
         cwd=folder,
         stdout=subprocess.DEVNULL,
-        env={**plain_environment(), **environment},
+        env={
+            **plain_environment(),
+            "DB_SOCKET": QueueCase.server.socket,
+            "DB_USER": "root",
+            "DB_PASSWORD": QueueCase.password,
+        },
     )
 
 
@@ -125,11 +135,16 @@ class Background:
 
 
 class QueueCase(unittest.TestCase):
-    """An empty queue, and the words the tests are written in."""
+    """An empty queue, and the words the tests are written in.
+
+    Whatever a test makes queuectl say, log, store or give to a job is searched for the
+    password of the database.
+    """
 
     server: queuectl.PrivateServer
     door: str
     script = SCRIPT
+    password = secrets.token_hex(12)
     settings: Mapping[str, str] = SCALED
 
     def setUp(self) -> None:
@@ -139,20 +154,50 @@ class QueueCase(unittest.TestCase):
             **plain_environment(),
             "DB_SOCKET": self.server.socket,
             "DB_USER": "root",
+            "DB_PASSWORD": self.password,
             **self.settings,
         }
-        self.database = pymysql.connect(
-            unix_socket=self.server.socket,
-            user="root",
-            database="queuectl",
-            autocommit=True,
-            ssl_disabled=True,
-            charset="utf8mb4",
-        )
+        self.database = self.connection()
         self.addCleanup(self.database.close)
+        self.addCleanup(self.search_for_the_password)
         for table in TABLES:
             self.sql(f"DELETE FROM {table}")
         self.sql("DELETE FROM config WHERE `key` <> 'schema_version'")
+
+    @classmethod
+    def connection(
+        cls,
+        database: str | None = "queuectl",
+        password: str | None = None,
+        autocommit: bool = True,
+    ) -> pymysql.connections.Connection:
+        """A connection as root to the server of all tests."""
+        return pymysql.connect(
+            unix_socket=cls.server.socket,
+            user="root",
+            password=cls.password if password is None else password,
+            database=database,
+            autocommit=autocommit,
+            ssl_disabled=True,
+            charset="utf8mb4",
+        )
+
+    def search_for_the_password(self) -> None:
+        """In all files that the test has left, and in what the tables keep of jobs."""
+        for where, _, names in os.walk(self.folder):
+            for path in (os.path.join(where, name) for name in names):
+                if os.path.isfile(path):
+                    with open(path, "rb") as file:
+                        self.assertNotIn(self.password.encode(), file.read(), path)
+        for table, column in (("runs", "output"), ("runs", "detail"), ("jobs", "env")):
+            self.assertEqual(
+                self.sql(
+                    f"SELECT COUNT(*) FROM queuectl.{table} WHERE {column} LIKE %s",
+                    f"%{self.password}%",
+                ),
+                [(0,)],
+                f"{table}.{column}",
+            )
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -165,7 +210,7 @@ class QueueCase(unittest.TestCase):
     def run_queuectl(
         self, *argv: str, stdin: bytes = b"", **variables: str
     ) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run(
+        done = subprocess.run(
             [sys.executable, self.door, *argv],
             input=stdin,
             cwd=self.folder,
@@ -174,6 +219,8 @@ class QueueCase(unittest.TestCase):
             check=False,
             env={**self.environment, **variables},
         )
+        self.assertNotIn(self.password.encode(), done.stdout + done.stderr)
+        return done
 
     def queuectl(
         self, *argv: str, status: int = 0, stdin: bytes = b"", **variables: str
@@ -1098,6 +1145,7 @@ class SchemaTest(QueueCase):
                 ],
                 input=text,
                 check=True,
+                env={**os.environ, "MYSQL_PWD": self.password},
             )
         self.assertEqual(self.tables(), 8)
         self.assertIn("is there already", self.queuectl("db", "init", **self.other))
@@ -1249,6 +1297,7 @@ class ConnectionTest(QueueCase):
             "list",
             status=69,
             DB_USER="queuectl_guest",
+            DB_PASSWORD="",
             DB_PASSWORD_FILE=self.path("secret"),
         )
         self.assertIn("lacks a right", self.errors)
@@ -1294,11 +1343,14 @@ class ConnectionTest(QueueCase):
         self,
     ) -> None:
         with open(self.path("my.cnf"), "w") as file:
-            file.write(f"[client]\nsocket={self.server.socket}\nuser=root\n")
+            file.write(f"[client]\nsocket={self.server.socket}\nuser=queuectl_open\n")
+        self.sql("CREATE USER 'queuectl_open'@'%%'")
+        self.addCleanup(self.sql, "DROP USER 'queuectl_open'@'%%'")
+        self.sql("GRANT SELECT ON queuectl.* TO 'queuectl_open'@'%%'")
         with open(self.path(".env"), "w") as file:
             file.write("DB_USER=queuectl_nobody\n")
         options = {"DB_SOCKET": "", "DB_HOST": ""}
-        del self.environment["DB_USER"]
+        del self.environment["DB_USER"], self.environment["DB_PASSWORD"]
         argv = ("status", "--defaults-file", self.path("my.cnf"))
         self.queuectl(*argv, status=69, **options)
         self.assertIn(
@@ -1313,7 +1365,7 @@ class ConnectionTest(QueueCase):
         )
         for bad in (("--defaults-file",), ("--defaults-file=/absent",)):
             self.queuectl("status", *bad, status=2)
-        url = f"mysql://root@{self.server.socket.replace('/', '%2F')}/queuectl"
+        url = f"mysql://queuectl_open@{self.server.socket.replace('/', '%2F')}/queuectl"
         self.assertIn(
             "(from environment)",
             self.queuectl("status", **options, DATABASE_URL=url),
@@ -1498,6 +1550,7 @@ class ConnectionTest(QueueCase):
                 check=True,
                 capture_output=True,
             )
+        self.environment["DB_PASSWORD"] = ""  # that server has none
         server = queuectl.PrivateServer(self.path("tls"), self.server.program)
         os.mkdir(server.folder)
         server._install()
@@ -1590,6 +1643,14 @@ class ConnectionTest(QueueCase):
         self.assertIn("in clear text: refused", self.errors)
         self.assertTrue(heard)
         self.assertNotIn(b"s3cret", b"".join(heard))
+
+    def test_the_words_of_a_hostile_server_are_shown_and_not_obeyed(self) -> None:
+        evil = b"\xff\x15\x04#28000\x1b]0;owned\x07\nqueuectl: ok\x9b2J"
+        port, _ = self.fake_server(0x000FF7DF & ~0x800 | 0x00080000, [evil])
+        self.queuectl("list", status=69, **self.tcp, DB_PORT=port)
+        self.assertIn(r"\x1b]0;owned\x07", self.errors)
+        controls = r"[\x00-\x09\x0b-\x1f\x7f-\x9f]"
+        self.assertFalse(re.search(f"{controls}|^queuectl: ok", self.errors, re.M))
 
     def test_required_tls_is_not_done_without(self) -> None:
         port, heard = self.fake_server(0x000FF7DF & ~0x800 | 0x00080000, [])
@@ -2231,9 +2292,7 @@ class Doorbells(WorkCase):
         until, broken = time.monotonic() + 2, []
 
         def work(statement: str) -> None:
-            connection = pymysql.connect(
-                unix_socket=self.server.socket, user="root", database="queuectl"
-            )
+            connection = self.connection()
             with connection, connection.cursor() as cursor:
                 while time.monotonic() < until:
                     try:
@@ -2628,7 +2687,7 @@ class Running(WorkCase):
             OWN="worker's",
         )
         job = self.enqueue(
-            "env -0 > environment",
+            "env -0 > environment; cat /proc/[0-9]*/cmdline > everybodys-arguments",
             queue="etl",
             max_retries=4,
             env={"OWN": "the job's", "DB_HOST": "mine"},
@@ -2794,9 +2853,7 @@ class Upgrades(WorkCase):
     def test_an_upgrade_waits_for_a_long_transaction_and_work_goes_on(self) -> None:
         self.worker()
         self.use(self.release("newer.py", 1))
-        dump = pymysql.connect(
-            unix_socket=self.server.socket, user="root", database="queuectl_other"
-        )
+        dump = self.connection(database="queuectl_other", autocommit=False)
         self.addCleanup(dump.close)
         dump.cursor().execute("SELECT * FROM jobs")  # and no COMMIT
         upgrade = self.start("db", "init")
@@ -3012,6 +3069,16 @@ class Crashes(WorkCase):
         self.assertGreater(time.monotonic() - killed, 2)
         self.assertEqual(self.reasons(job), ["lost", "exit"])
 
+    def test_runs_whose_numbers_begin_alike_are_not_taken_for_each_other(self) -> None:
+        for seq in (7, 70, 700):
+            self.put(f"sleep 0.{seq % 9}", seq=seq)
+        worker = self.worker("--count", "3")
+        self.wait_ended(3)
+        worker.signal(signal.SIGTERM)
+        self.assertEqual(worker.wait(), 0)
+        self.assertNotIn("died", worker.said())
+        self.assertEqual(self.sql("SELECT DISTINCT runs FROM jobs"), [(1,)])
+
     def test_a_worker_stopped_past_its_lease_changes_nothing_and_ends_its_run(
         self,
     ) -> None:
@@ -3065,7 +3132,7 @@ class Crashes(WorkCase):
         )
         self.assertTrue(server.start())
         self.addCleanup(server.stop)
-        self.environment["DB_SOCKET"] = server.socket
+        self.environment.update(DB_SOCKET=server.socket, DB_PASSWORD="")
         self.queuectl("db", "init")
         self.queuectl(
             "enqueue",
@@ -3171,6 +3238,32 @@ class Outages(WorkCase):
         self.black_hole_s = 60.0
         self.test_a_black_hole_delays_no_limit_no_pipe_and_no_signal()
 
+    @slow
+    def test_twenty_long_jobs_outlive_an_outage_of_three_leases(self) -> None:
+        for name in SCALED:
+            del self.environment[name]
+        self.put_many(20, "echo > started.$$; sleep 100; echo x >> ended", timeout=0)
+        workers = [self.worker("--count", "10") for _ in range(2)]
+        self.wait_until(lambda: self.counts() == {"processing": 20}, "all run")
+        began = time.monotonic()
+        self.proxy.refuse()
+        self.proxy.cut()
+        self.wait_until(lambda: time.monotonic() - began > 90, "90 s have passed", 91)
+        self.assertEqual(self.lines("ended"), [])
+        self.proxy.pass_on()
+        self.wait_ended(20)
+        self.assertEqual(len(self.lines("ended")), 20)
+        self.assertEqual(
+            self.sql("SELECT DISTINCT runs, attempts, reason FROM jobs"),
+            [(1, 1, "exit")],
+        )
+        self.assertEqual(self.sql("SELECT 1 FROM workers WHERE lost_at > 0"), [])
+        for worker in workers:
+            told = [line for line in worker.said().splitlines() if "database" in line]
+            self.assertEqual(len(told), 2, told)
+            self.assertIn("trying again", told[0])
+            self.assertIn("the database is back after 1 m 3", told[1])
+
     def test_a_second_signal_ends_a_worker_in_a_black_hole(self) -> None:
         self.put("trap '' TERM; echo > started; while :; do sleep 1; done")
         worker = self.worker("--count", "2")
@@ -3208,6 +3301,181 @@ class Outages(WorkCase):
         self.assertEqual(worker.wait(8), 1)
         self.assertIn(job, worker.said())
         self.assertIn("will run again", worker.said())
+
+
+@slow
+class Clusters(WorkCase):
+    """Three nodes of MySQL's Group Replication, each on a port of its own."""
+
+    def form(self, *options: str) -> None:
+        """Have the three be a group; all accounts are without a password."""
+        if b"MariaDB" in subprocess.check_output([self.server.program, "--version"]):
+            self.skipTest("Group Replication is MySQL's")
+        ignore_resources(self)
+        listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(6)]
+        ports = [listener.getsockname()[1] for listener in listeners]
+        for listener in listeners:
+            listener.close()
+        seeds = ",".join(f"127.0.0.1:{port}" for port in ports[3:])
+        self.ports, self.nodes = ports[:3], []
+        for at, port in enumerate(self.ports):
+            words = [
+                "--skip-networking=OFF",
+                "--bind-address=127.0.0.1",
+                f"--port={port}",
+                f"--server-id={at + 1}",
+                "--gtid-mode=ON",
+                "--enforce-gtid-consistency=ON",
+                "--log-bin=bin",
+                "--report-host=127.0.0.1",
+                f"--report-port={port}",
+                "--plugin-load-add=group_replication.so",
+                f"--loose-group-replication-group-name={uuid.UUID(int=1)}",
+                f"--loose-group-replication-local-address=127.0.0.1:{ports[3 + at]}",
+                f"--loose-group-replication-group-seeds={seeds}",
+                "--loose-group-replication-start-on-boot=OFF",
+                "--loose-group-replication-recovery-get-public-key=ON",
+                *options,
+            ]
+            program = self.path(f"mysqld{at}")
+            with open(program, "w") as file:
+                file.write(
+                    f'#!/bin/sh\ncase "$*" in *--pid-file*) set -- "$@" '
+                    f"{shlex.join(words)};; esac\n"
+                    f'exec {shlex.quote(self.server.program)} "$@"\n'
+                )
+            os.chmod(program, 0o755)
+            node = queuectl.PrivateServer(self.path(f"node{at}"), program)
+            node.start()
+            self.addCleanup(node.stop)
+            self.nodes.append(node)
+            self.ask(
+                at,
+                "SET sql_log_bin = 0",
+                "CREATE USER mender@'%' IDENTIFIED BY 'm'",
+                "GRANT REPLICATION SLAVE, BACKUP_ADMIN, GROUP_REPLICATION_STREAM, "
+                "CONNECTION_ADMIN ON *.* TO mender@'%'",
+                "SET sql_log_bin = 1",
+                "CHANGE REPLICATION SOURCE TO source_user = 'mender', "
+                "source_password = 'm' FOR CHANNEL 'group_replication_recovery'",
+                f"SET GLOBAL group_replication_bootstrap_group = {int(not at)}",
+                "START GROUP_REPLICATION",
+                "SET GLOBAL group_replication_bootstrap_group = 0",
+            )
+        self.wait_until(
+            lambda: [row[1] for row in self.members(0)] == ["ONLINE"] * 3,
+            "all three are in the group",
+            60,
+        )
+        self.ask(0, "CREATE USER queue@'%'", "GRANT ALL ON queuectl.* TO queue@'%'")
+        del self.environment["DB_SOCKET"], self.environment["DB_PASSWORD"]
+        hosts = ",".join(f"127.0.0.1:{port}" for port in self.ports)
+        self.environment.update(DB_USER="queue", DB_HOST=hosts)
+        self.queuectl("db", "init")
+
+    def ask(self, at: int, *statements: str) -> list[tuple[object, ...]]:
+        with (
+            pymysql.connect(
+                unix_socket=self.nodes[at].socket,
+                user="root",
+                autocommit=True,
+                read_timeout=60,
+            ) as database,
+            database.cursor() as cursor,
+        ):
+            for statement in statements:
+                cursor.execute(statement)
+            return list(cursor.fetchall())
+
+    def members(self, at: int) -> list[tuple[object, ...]]:
+        return self.ask(
+            at,
+            "SELECT member_port, member_state, member_role FROM "
+            "performance_schema.replication_group_members",
+        )
+
+    def assert_each_ran_once(self, jobs: int) -> None:
+        twice = {one for one in self.lines("ran") if self.lines("ran").count(one) > 1}
+        self.assertEqual([self.show(one)["history"] for one in twice], [])
+        self.assertEqual(len(self.lines("ran")), jobs)
+        found = [
+            json.loads(one) for one in self.queuectl("list", "--json").splitlines()
+        ]
+        self.assertEqual(
+            [(one["state"], one["attempts"]) for one in found],
+            [("completed", 1)] * jobs,
+        )
+
+    def test_a_killed_primary_is_replaced_and_nothing_is_lost_or_repeated(self) -> None:
+        self.form()
+        lines = b"echo $QUEUECTL_JOB_ID >> ran; sleep 0.3; echo x >> ended\n" * 300
+        self.queuectl("enqueue", "-q", "--lines", "-", stdin=lines)
+        for _ in range(2):
+            self.worker("--count", "4")
+        self.wait_lines("ended", 30)
+        os.kill(self.nodes[0].running(), signal.SIGKILL)
+        killed = time.monotonic()
+        self.wait_until(
+            lambda: any(
+                row[1:] == ("ONLINE", "PRIMARY") and row[0] != self.ports[0]
+                for row in self.members(1)
+            ),
+            "another is elected",
+            60,
+        )
+        elected, ended = time.monotonic(), len(self.lines("ended"))
+        during = self.queuectl("enqueue", "-c", "echo $QUEUECTL_JOB_ID >> ran").strip()
+        self.wait_lines("ended", ended + 1)
+        back = time.monotonic()
+        self.assertLess(back - elected, 10)
+        self.wait_lines("ended", 300, 60)
+        self.wait_until(lambda: during in self.lines("ran"), "the late one ran")
+        self.wait_until(
+            lambda: '"processing": 0' in self.queuectl("status", "--json"), "all ended"
+        )
+        self.assert_each_ran_once(301)
+        print(
+            f"failover: elected after {elected - killed:.1f} s, work went on "
+            f"{back - elected:.1f} s later"
+        )
+
+    def test_workers_on_three_writing_nodes_run_each_job_once_and_keep_limits(
+        self,
+    ) -> None:
+        self.form(
+            "--loose-group-replication-single-primary-mode=OFF",
+            "--loose-group-replication-enforce-update-everywhere-checks=ON",
+        )
+        self.queuectl("queue", "limit", "few", "2")
+        once = "echo $QUEUECTL_JOB_ID >> ran; "
+        counted = "echo + >> count; sleep 0.1; echo - >> count"
+        for queue, command, jobs in (
+            ("many", once + "sleep 0.05", 200),
+            ("few", once + counted, 40),
+        ):
+            lines = f"{command}\n".encode() * jobs
+            self.queuectl("enqueue", "-q", f"--queue={queue}", "--lines=-", stdin=lines)
+        ids = [f"parent-{at}" for at in range(20)]
+        document = [{"id": one, "command": once} for one in ids] + [
+            {"command": once, "after": [one, ids[at - 1]]} for at, one in enumerate(ids)
+        ]
+        lines = "\n".join(map(json.dumps, document)).encode()
+        self.queuectl("enqueue", "-q", "-f", "-", stdin=lines)
+        workers = [
+            self.start(
+                *("worker", "start", "--count", "6", "--drain"),
+                DB_HOST=f"127.0.0.1:{port}",
+            )
+            for port in self.ports
+        ]
+        for worker in workers:
+            self.assertEqual(worker.wait(120), 0, worker.said()[-2000:])
+        self.assert_each_ran_once(280)
+        running = most = 0
+        for sign in self.lines("count"):
+            running += 1 if sign == "+" else -1
+            most = max(most, running)
+        self.assertLessEqual(most, 2)
 
 
 class Nemesis:
@@ -3504,6 +3772,7 @@ class Torture(WorkCase):
         self.random = random.Random(seed)
         ignore_resources(self)  # of connections that died
         self.clocks: list[str] = []
+        self.environment["DB_PASSWORD"] = ""
         self.own = self.own_server()
         self.own.start()
         self.addCleanup(self.own.stop)
@@ -4432,7 +4701,7 @@ class Servers(WorkCase):
         open(others, "w").close()
         self.folder = self.path("deep" * 12 + "/" + "deeper" * 12)
         os.makedirs(self.folder)
-        for name in ("DB_SOCKET", "DB_USER"):
+        for name in ("DB_SOCKET", "DB_USER", "DB_PASSWORD"):
             del self.environment[name]
         program = os.environ.get("QUEUECTL_TEST_MYSQLD", "")
         self.environment["PATH"] = os.pathsep.join(
@@ -4486,7 +4755,8 @@ class Messages(WorkCase):
         self.assertTrue(self.errors.endswith("\n  check DB_USER and DB_PASSWORD\n"))
         self.sql("CREATE USER 'queuectl_new'@'%%'")
         self.addCleanup(self.sql, "DROP USER 'queuectl_new'@'%%'")
-        self.queuectl("db", "init", status=69, DB_USER="queuectl_new", DB_NAME="q2")
+        new = {"DB_USER": "queuectl_new", "DB_PASSWORD": ""}
+        self.queuectl("db", "init", status=69, **new, DB_NAME="q2")
         self.assertRegex(
             self.errors,
             "^queuectl: the account 'queuectl_new' .from environment. lacks a right in "
