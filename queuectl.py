@@ -908,7 +908,8 @@ BINLOG_NEEDS_REPEATABLE_READ = 1665
 QUERY_KILLED = 1317
 CODES = {
     Trouble.REPEAT: {1205, 1213, 1020, 1180, 1969, 3024, 3101, 3572},
-    Trouble.RECONNECT: {0, 2002, 2003, 2006, 2013, 2055, 1053, 1079, 1152, 1158, 1159,
+    Trouble.RECONNECT: {*range(100),  # of its files (3: a full disk), and PyMySQL's 0
+                        2002, 2003, 2006, 2013, 2055, 1053, 1079, 1152, 1158, 1159,
                         1160, 1161, 1184, 1317, 1927, 4031,
                         BINLOG_NEEDS_REPEATABLE_READ,
                         1290, 1792, 1836, 3032, 1047,  # no writes here now
