@@ -907,13 +907,14 @@ class Trouble(enum.Enum):
 BINLOG_NEEDS_REPEATABLE_READ = 1665
 QUERY_KILLED = 1317
 CODES = {
-    Trouble.REPEAT: {1205, 1213, 1020, 1180, 1969, 3024, 3101, 3572},
+    Trouble.REPEAT: {1205, 1213, 1020, 1180, 1206, 1412, 1969, 3024, 3101, 3572},
     Trouble.RECONNECT: {*range(100),  # of its files (3: a full disk), and PyMySQL's 0
                         2002, 2003, 2006, 2013, 2055, 1053, 1079, 1152, 1158, 1159,
                         1160, 1161, 1184, 1317, 1927, 4031,
                         BINLOG_NEEDS_REPEATABLE_READ,
                         1290, 1792, 1836, 3032, 1047,  # no writes here now
-                        1021, 1114, 1037, 1038, 1041, 3675},  # out of disk or memory
+                        1021, 1026, 1030, 1037, 1038, 1041, 1114, 3675,  # disk, memory
+                        1105, 9001},  # unknown; ProxySQL: nobody behind it
     Trouble.CROWDED: {1040, 1203, 1226},
     Trouble.ROW: {1062, 1153, 1264, 1265, 1366, 1406, 3140, 3819, 4025},
     Trouble.SETUP: {1044, 1045, 1049, 1054, 1129, 1130, 1142, 1143, 1146, 1698, 1862,
@@ -960,10 +961,16 @@ class RefuseClearText:
                       "give the account caching_sha2_password or mysql_native_password",
                       UNAVAILABLE)
 
+def sent_bytes(text: str) -> int:
+    return len(text if text.isascii() else text.encode(errors="surrogateescape"))
+
 class Cursor:
     """PyMySQL's cursor, and statements that wait for the next one's round trip."""
-    def __init__(self, inner: cursors.Cursor, bytes_max: int) -> None:
+    def __init__(self, inner: cursors.Cursor, bytes_max: int,
+                 read_committed: bool = True) -> None:
         self._inner, self._bytes_max = inner, bytes_max
+        # What a transaction must see as it is now, although it has read before.
+        self.share = "" if read_committed else "LOCK IN SHARE MODE"
         self.fetchone, self.fetchall = inner.fetchone, inner.fetchall
         self._deferred: list[str] = []
         self.counts: list[int] = []  # the rows matched by those that had waited
@@ -979,9 +986,9 @@ class Cursor:
 
     def defer(self, statement: str, values: Values = ()) -> None:
         """Have it done before the next statement, which tells its errors too."""
-        self._deferred.append(self.mogrify(statement, values))
-        if sum(map(len, self._deferred)) > self._bytes_max:
-            self._send(self._deferred.pop())
+        text = self.mogrify(statement, values)
+        self._make_room(text)
+        self._deferred.append(text)
 
     def commit_first(self) -> None:
         """Have the transaction end before the next statement."""
@@ -995,7 +1002,15 @@ class Cursor:
 
     def execute(self, statement: str, values: Values = ()) -> int:
         """How many rows it matched or returned."""
-        return self._send(self.mogrify(statement, values))
+        text = self.mogrify(statement, values)
+        self._make_room(text)
+        return self._send(text)
+
+    def _make_room(self, text: str) -> None:
+        """Send what waits, if `text` is too much in one packet with it."""
+        if self._deferred and \
+                sum(map(sent_bytes, [*self._deferred, text])) > self._bytes_max:
+            self._send(self._deferred.pop())
 
     def _send(self, statement: str) -> int:
         deferred, self._deferred = self._deferred, []
@@ -1102,7 +1117,8 @@ class Database:
 
     def _cursor(self) -> Cursor:
         self._connection = self._connection or self._connect()
-        return Cursor(self._connection.cursor(), self.packet_bytes // 4)
+        return Cursor(self._connection.cursor(), self.packet_bytes // 4,
+                      self.read_committed)
 
     def _insist(self, work: Callable[[Cursor], T],
                 verify: Callable[[Cursor], T | None] | None) -> T:
@@ -1122,6 +1138,9 @@ class Database:
                 return result
             except _Driver().MySQLError as error:
                 trouble, code = diagnose(error)
+                if trouble is Trouble.BUG and math.isinf(self.policy.patience_s) \
+                        and isinstance(error, _Driver().OperationalError):
+                    trouble = Trouble.RECONNECT  # none we know: running jobs go on
                 self._recover(trouble, code)
                 if trouble is Trouble.ROW:
                     raise RowRefused(code, str(error.args[-1])) from None
@@ -1264,8 +1283,9 @@ class Database:
 
         A session that a partition left behind, with its locks, must not last.
         """
-        cursor.execute("SELECT VERSION(), @@max_allowed_packet, @@read_only")
-        version, self.packet_bytes, read_only = cursor.fetchone() or ("", 0, 0)
+        cursor.execute("SELECT VERSION(), @@max_allowed_packet, @@read_only, "
+                       "@@innodb_read_only")
+        version, self.packet_bytes, *read_only = cursor.fetchone() or ("", 0)
         self.version = str(version)
         limit = f"max_{'statement' if self.mariadb else 'execution'}_time"
         lock_wait_s = max(1, min(10, int(self.policy.timeout_s) - 1))
@@ -1278,7 +1298,11 @@ class Database:
         if not self.bare:
             cursor.execute("SELECT value FROM config WHERE `key` = 'schema_version'")
             check_schema(_single(cursor), self.target.database)
-        return not read_only
+        return takes_writes(read_only)
+
+def takes_writes(read_only: Sequence[object]) -> bool:
+    """What a server's variables say: 0 or 1, or from MariaDB 12 on a word."""
+    return all(str(value).upper() in ("0", "OFF") for value in read_only)
 
 _TLS_OFFERED, _MULTI_STATEMENTS = 1 << 11, 1 << 16
 _FOUND_ROWS = 2  # an UPDATE counts the rows it matched, changed or not
@@ -1428,7 +1452,7 @@ def insertions(cursor: Cursor, packet_bytes: int, head: str,
     parts: list[str] = []
     for template, values in rows:
         part = cursor.mogrify(template, values)
-        length = len(part if part.isascii() else part.encode(errors="surrogateescape"))
+        length = sent_bytes(part)
         if length > packet_bytes - 4096:  # sent, it would look like an outage
             raise _Driver().OperationalError(1153, f"a row of {length} bytes")
         if parts and (size + length > limit or len(parts) >= 1000):
@@ -1771,7 +1795,8 @@ def enqueue(database: Database, spool: Spool, if_absent: bool) -> dict[str, str]
         for one in ahead(made) if len(spool) > 1000 else made:
             cursor.execute(one)
         if staged:
-            cursor.execute("INSERT INTO config (`key`, value) VALUES (%s, %s)",
+            cursor.execute("INSERT INTO config (`key`, value) VALUES (%s, %s) "
+                           "ON DUPLICATE KEY UPDATE value = VALUES(value)",
                            (STAGED + batch, moment))
         if spool.linked:
             _link(cursor, spool, batch)
@@ -1861,7 +1886,7 @@ def _link(cursor: Cursor, spool: Spool, batch: str) -> None:
              for key, needs in NEEDS.items() for parent in as_list(job.get(key)))
     for page in pages(edges):
         ours, old = (dict(cursor.rows(
-            lambda *row: row, "SELECT id, seq FROM jobs "
+            lambda *row: row, "SELECT id, seq FROM jobs FORCE INDEX (jobs_id) "
             f"WHERE {only} id IN ({placeholders(page)}) ORDER BY seq FOR UPDATE",
             *(edge[end] for edge in page)))
             for end, only in enumerate((f"batch = '{batch}' AND", "")))
@@ -1881,8 +1906,8 @@ def _link(cursor: Cursor, spool: Spool, batch: str) -> None:
                          f"{placeholders(rows)} ON DUPLICATE KEY UPDATE "
                          "needs = VALUES(needs)", rows)
     for ids in pages(str(job["id"]) for job in spool if any(map(job.get, NEEDS))):
-        seqs = cursor.rows(int, f"SELECT seq FROM jobs WHERE batch = '{batch}' AND "
-                           f"id IN ({placeholders(ids)})", *ids)
+        seqs = cursor.rows(int, "SELECT seq FROM jobs FORCE INDEX (jobs_id) WHERE "
+                           f"batch = '{batch}' AND id IN ({placeholders(ids)})", *ids)
         release_children(cursor, decide_blocked(cursor, seqs))
 
 MET = """(parents.state = 'completed' OR (needs = 'ended' AND
@@ -1896,7 +1921,8 @@ def release_children(cursor: Cursor, ended: Collection[int]) -> None:
     while ended:
         children = cursor.rows(
             int, "SELECT DISTINCT child FROM dependencies "
-            f"WHERE parent IN ({placeholders(ended)}) ORDER BY child", *ended)
+            f"WHERE parent IN ({placeholders(ended)}) ORDER BY child {cursor.share}",
+            *ended)
         ended = [seq for page in pages(children)
                  for seq in decide_blocked(cursor, page)]
 
@@ -1917,7 +1943,7 @@ def decide_blocked(cursor: Cursor, seqs: Sequence[int]) -> list[int]:
         f"'waited for ', MIN(IF({HOPELESS}, CONCAT(parents.id, ', which was ', "
         f"parents.state), NULL))) FROM {PARENTS} JOIN jobs ON jobs.seq = child "
         f"WHERE jobs.state = 'blocked' AND child IN ({placeholders(seqs)}) "
-        "GROUP BY child", *seqs)
+        f"GROUP BY child {cursor.share}", *seqs)
     free = [seq for seq, unmet, _, _ in found if not unmet]
     dead = {seq: why for seq, _, hopeless, why in found if hopeless}
     if free:
@@ -2069,6 +2095,7 @@ class Desk:
         self._token = ""  # of what this turn claims
         self._marked: list[int] = []  # seqs that it has claimed so far
         self._settled: dict[int, str] = {}  # and what it has settled: seq and token
+        self._tries = 0  # at its transaction
         self._reached: dict[str, tuple[int, int]] = {}  # where each queue's claim ended
         self._limits: dict[str, int | None] = {}  # of the queues that have one
         self._state = ""  # as our row says
@@ -2083,7 +2110,7 @@ class Desk:
     def turn(self, ask: Ask) -> Turn:
         """Look around where asked, settle what ended, claim up to `free` jobs."""
         self._token, self._marked, self._settled = secrets.token_hex(8), [], {}
-        look = None
+        self._tries, look = 0, None
         if ask.look:
             look = self.database.read(lambda cursor: self._look(cursor, ask))
         try:
@@ -2130,6 +2157,11 @@ class Desk:
 
     def _turn(self, cursor: Cursor, ask: Ask, look: Look | None) -> Turn:
         self._marked, self._settled = [], {}
+        self._tries += 1
+        if self._tries > 1:  # else a long wait for a lock takes each beat back
+            self._beat(cursor, ask)
+            cursor.execute("COMMIT")
+            cursor.defer("BEGIN")
         if not self._beat(cursor, ask):
             return Turn(alive=False)
         changes = self._settle(cursor, ask.ended, ask.flushes)
@@ -2286,7 +2318,8 @@ class Desk:
               f"{ended if end.reason else 'NULL'})",
               (held.seq, held.run, held.attempts, held.worker, held.started_at,
                end.duration_s, end.exit_code, end.reason,
-               end.detail[:DETAIL_MAX] or None, end.output or None, end.output_bytes))
+               end.detail.encode(errors="backslashreplace").decode()[:DETAIL_MAX]
+               or None, end.output or None, end.output_bytes))
              for held, end in found],
             """
             ON DUPLICATE KEY UPDATE finished_at = VALUES(finished_at),
@@ -2347,7 +2380,6 @@ class Desk:
         """
         room = {name: 0 for name in self._queues if name in self._limits}
         names = [name for name in room if self._limits[name] != 0]
-        share = "" if self.database.read_committed else "LOCK IN SHARE MODE"
         for sure in (False, True) if names else ():
             if sure:
                 cursor.defer("UPDATE queues SET touched = touched + 1 WHERE name IN "
@@ -2355,8 +2387,8 @@ class Desk:
             found = cursor.rows(
                 lambda name, free: (name, free), f"SELECT name, {ALLOWED} - (SELECT "
                 "COUNT(*) FROM jobs FORCE INDEX (jobs_claim) WHERE queue = name AND "
-                f"state = 'processing' {share}) FROM queues WHERE name IN "
-                f"({placeholders(names)}) {share}", *names)
+                f"state = 'processing' {cursor.share}) FROM queues WHERE name IN "
+                f"({placeholders(names)}) {cursor.share}", *names)
             room.update((name, sys.maxsize if free is None else max(0, free))
                         for name, free in found)
             names = [name for name, _ in found if room[name]]
