@@ -80,7 +80,7 @@ def setUpModule() -> None:
         )
     with QueueCase.connection(password="", database=None) as database:
         database.cursor().execute(
-            "ALTER USER root@localhost IDENTIFIED BY %s", QueueCase.password
+            "ALTER USER root@localhost IDENTIFIED BY %s", (QueueCase.password,)
         )
     subprocess.run(
         [sys.executable, SCRIPT, "db", "init"],
