@@ -31,6 +31,7 @@ The file reads downwards: a room uses only the rooms above it.
 from __future__ import annotations
 
 import argparse
+import codecs
 import collections
 import contextlib
 import dataclasses
@@ -39,9 +40,12 @@ import enum
 import errno
 import fcntl
 import functools
+import getpass
+import hmac
 import itertools
 import json
 import math
+import mmap
 import os
 import queue
 import random
@@ -50,6 +54,7 @@ import secrets
 import select
 import selectors
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -71,7 +76,6 @@ if TYPE_CHECKING:
 
 VERSION = "0.1.0"
 T = TypeVar("T")
-Row = Tuple[object, ...]
 Thunk = Callable[[], None]
 Values = Union[Sequence[object], Mapping[str, object]]
 Json = Union[None, bool, int, float, str, List["Json"], "dict[str, Json]"]
@@ -106,7 +110,6 @@ MULTILINE = {code: text for code, text in ESCAPES.items() if code not in (9, 10)
 def nearest(word: str, words: Iterable[str]) -> str:
     """A hint naming the likely word, or an empty one."""
     import difflib
-
     found = difflib.get_close_matches(word, words, 1)
     return f"did you mean {found[0]}?" if found else ""
 
@@ -305,8 +308,7 @@ def _dotenv_value(text: str, where: str) -> str:
         return match[1]
     return re.sub(r"\\(.)", lambda m: {"n": "\n"}.get(m[1], m[1]), match[2])
 
-@dataclass(frozen=True)
-class Environment:
+class Environment(NamedTuple):
     """Where variables are looked up, in order."""
     layers: tuple[Layer, ...]
 
@@ -399,15 +401,12 @@ def private_socket(folder: str) -> str:
 
 def find_private_folder() -> str:
     """The private server's folder, here or beside the script; empty without one."""
-    beside = os.path.dirname(os.path.realpath(__file__))
-    folders = (PRIVATE_FOLDER, os.path.join(beside, PRIVATE_FOLDER))
-    return next((folder for folder in folders
+    beside = os.path.join(os.path.dirname(os.path.realpath(__file__)), PRIVATE_FOLDER)
+    return next((folder for folder in (PRIVATE_FOLDER, beside)
                  if os.path.isdir(os.path.join(folder, "data"))), "")
 
 def find_target(environment: Environment) -> Target:
     """The database to use: address and account, each whole from the first that says."""
-    import getpass
-
     layers = [(source, expand_url(variables, source))
               for source, variables in environment.layers]
     told, folder = Environment(tuple(layers)), find_private_folder()
@@ -452,13 +451,11 @@ def _address(variables: Mapping[str, str], source: str) -> tuple[Hosts, str]:
     return _hosts(host or "127.0.0.1", default_port), ""
 
 def expand_url(variables: Mapping[str, str], source: str) -> Mapping[str, str]:
-    """The variables, with what DATABASE_URL says and they do not: address and account
-    each whole."""
+    """The variables, with what DATABASE_URL adds: address and account each whole."""
     url = variables.get("DATABASE_URL", "")
     if not url:
         return variables
     from urllib.parse import parse_qsl, unquote, urlsplit
-
     wrong = Problem(f"DATABASE_URL ({source}) cannot be read",  # it holds a password
                     "expected mysql://user:password@host:port/name", USAGE)
     try:
@@ -581,8 +578,6 @@ def signing_key() -> bytes:
 
 def sign(job_id: object, *parts: object) -> str:
     """The signature of a job: its id, command, cwd, env and on_failure."""
-    import hmac
-
     said = [b"-" if part is None else b"+" + str(part).encode()
             for part in (job_id, *parts)]
     text = b"".join(b"%d:%b" % (len(part), part) for part in said)
@@ -590,8 +585,6 @@ def sign(job_id: object, *parts: object) -> str:
 
 def is_signed(signature: object, *parts: object) -> bool:
     """Whether a job may run: its signature fits, or none is asked for."""
-    import hmac
-
     return not signing_key() or hmac.compare_digest(str(signature), sign(*parts))
 
 
@@ -647,7 +640,6 @@ class Reason(str, enum.Enum):
     DEPENDENCY = "dependency"  # it never ran: what it waited for did not complete
 
 ALONE_AFTER_LOSSES = 2
-TIMEOUT_STATUS = 124  # as timeout(1)
 
 @dataclass(frozen=True)
 class Held:
@@ -748,6 +740,7 @@ class Judge:
 
 SCHEMA_VERSION = 1
 OLDEST_WRITER = 1  # the oldest schema whose programs may still write
+SCHEMA_ROW = "SELECT value FROM config WHERE `key` = 'schema_version'"
 SCHEMA = f"""\
 -- The tables of queuectl, whole and current. Running this twice, or over an older
 -- schema, changes nothing; `queuectl db init` does the same and also upgrades.
@@ -921,7 +914,7 @@ CODES = {
                     2026, 2059, 3118, 3159},
 }
 TROUBLE_OF = {code: trouble for trouble, codes in CODES.items() for code in codes}
-LONGEST_PAUSE_S = 3.0
+LONGEST_PAUSE_S, SAY_AFTER_S = 3.0, 1.0
 
 class RowRefused(Exception):
     """The server will never take this data as it is: `code` and `text` say why."""
@@ -931,9 +924,7 @@ class RowRefused(Exception):
 
 class Unreachable(Problem):
     """The server stayed away for longer than the caller's patience."""
-    def __init__(self, what: str, hint: str = "") -> None:
-        super().__init__(what, hint, UNAVAILABLE)
-        self.sent = False  # whether the transaction may have been carried out
+    sent = False  # whether the transaction may have been carried out
 
 @dataclass(frozen=True)
 class Policy:
@@ -941,8 +932,6 @@ class Policy:
     patience_s: float
     timeout_s: float  # of one answer
     say: Callable[[str], None]
-    say_after_s: float = 1.0
-    give_up: threading.Event = dataclasses.field(default_factory=threading.Event)
 
 def _whisper(text: str) -> None:
     print(f"queuectl: {text.translate(MULTILINE)}", file=sys.stderr, flush=True)
@@ -976,10 +965,6 @@ class Cursor:
         self.counts: list[int] = []  # the rows matched by those that had waited
         self.committing = False
 
-    @property
-    def rowcount(self) -> int:
-        return int(self._inner.rowcount)
-
     def mogrify(self, statement: str, values: Values = ()) -> str:
         """The statement as it is sent."""
         return str(self._inner.mogrify(statement, values or None))
@@ -1000,6 +985,12 @@ class Cursor:
         self.execute(statement, values)
         return [make(*row) for row in self.fetchall()]
 
+    def value(self, statement: str, *values: object) -> object:
+        """The one value of a one-row answer; None without a row."""
+        self.execute(statement, values)
+        row = self.fetchone()
+        return row[0] if row else None
+
     def execute(self, statement: str, values: Values = ()) -> int:
         """How many rows it matched or returned."""
         text = self.mogrify(statement, values)
@@ -1017,9 +1008,9 @@ class Cursor:
         self._inner.execute(";\n".join([*deferred, statement]))
         self.counts = []
         for _ in deferred:
-            self.counts.append(self.rowcount)
+            self.counts.append(self._inner.rowcount)
             self._inner.nextset()
-        return self.rowcount
+        return self._inner.rowcount
 
 class Database:
     """One connection to the database, made when first needed and again when lost."""
@@ -1031,7 +1022,7 @@ class Database:
         self.read_committed = True
         self._connection: Connection | None = None
         self._tls: ssl.SSLContext | None = None
-        self._skip_locked: bool | None = None
+        self._skip_locked: str | None = None
         self._away_since: float | None = None
         self._said_away = False
 
@@ -1041,8 +1032,7 @@ class Database:
 
         A COMMIT whose answer was lost is settled first by `verify`, which looks with
         locking reads: its value if the transaction was carried out, None if not. Raises
-        RowRefused, Unreachable (`sent` says whether it may have been carried out) and
-        other Problems.
+        RowRefused, Unreachable (`sent`: may have been carried out) and other Problems.
         """
         return self._insist(lambda cursor: self._in_transaction(cursor, work), verify)
 
@@ -1064,14 +1054,14 @@ class Database:
             with contextlib.suppress(_Driver().MySQLError, OSError):
                 connection.close()
 
-    def skip_locked(self, cursor: Cursor) -> bool:
-        """Whether SKIP LOCKED is understood here and locks anything; probed once."""
+    def skip_locked(self, cursor: Cursor) -> str:
+        """SKIP LOCKED, where it is understood and locks anything; probed once."""
         if self._skip_locked is None:
             try:
                 cursor.execute("SELECT 1 FROM queues LIMIT 1 FOR UPDATE SKIP LOCKED")
-                self._skip_locked = "TiDB" not in self.version
+                self._skip_locked = "" if "TiDB" in self.version else "SKIP LOCKED"
             except _Driver().ProgrammingError:
-                self._skip_locked = False
+                self._skip_locked = ""
         return self._skip_locked
 
     @property
@@ -1090,12 +1080,11 @@ class Database:
             return None
 
     def sleep(self, seconds: int, note: str) -> bool:
-        """Sleep in the server, as `note` in its list of processes; whether KILL QUERY
-        ended that early."""
+        """Sleep in the server, listed there as `note`; whether KILL QUERY ended it."""
         def work(cursor: Cursor) -> bool:
             try:
-                cursor.execute(f"SELECT SLEEP({seconds}) /* {note} */")
-                return bool(_single(cursor))  # MySQL: 1
+                # MySQL answers 1, MariaDB with an error.
+                return bool(cursor.value(f"SELECT SLEEP({seconds}) /* {note} */"))
             except _Driver().OperationalError as error:
                 if error.args[0] != QUERY_KILLED:  # MariaDB
                     raise
@@ -1175,24 +1164,22 @@ class Database:
         problem = explain_error(self.target, error)
         problem.sent = sent
         hopeless = not math.isinf(self.policy.patience_s) and (
-            trouble is Trouble.SETUP
-            or (not self.target.chosen and _refused(error)))
+            trouble is Trouble.SETUP or (not self.target.chosen and _refused(error)))
         longest = 0.5 if trouble is Trouble.REPEAT else LONGEST_PAUSE_S
         pause = min(longest, 0.01 * 2 ** min(tries, 12)) * random.uniform(0.5, 1)
         if trouble is Trouble.CROWDED:
             pause += 0.2
-        impatient = time.monotonic() - since + pause > self.policy.patience_s
-        if hopeless or impatient or self.policy.give_up.is_set():
+        if hopeless or time.monotonic() - since + pause > self.policy.patience_s:
             raise problem
         if trouble is not Trouble.REPEAT:
             self._went_away(problem)
-        self.policy.give_up.wait(pause)
+        time.sleep(pause)
 
     def _went_away(self, problem: Problem) -> None:
         now = time.monotonic()
         if self._away_since is None:
             self._away_since = now
-        if not self._said_away and now - self._away_since >= self.policy.say_after_s:
+        if not self._said_away and now - self._away_since >= SAY_AFTER_S:
             self._said_away = True
             self.policy.say(f"{problem.what}; trying again")
 
@@ -1247,36 +1234,30 @@ class Database:
             "mysql_clear_password": RefuseClearText, "dialog": RefuseClearText}
         return _Driver().connect(
             user=self.target.user, password=self.target.password.encode(), host=host,
-            port=port, unix_socket=self.target.socket or None,
-            database=None if self.bare else self.target.database, charset="utf8mb4",
-            autocommit=True, client_flag=_FOUND_ROWS | _MULTI_STATEMENTS,
-            auth_plugin_map=refuse, ssl=tls,
-            ssl_disabled=tls is None, connect_timeout=patience, read_timeout=patience,
-            write_timeout=self.policy.timeout_s)
+            port=port, unix_socket=self.target.socket or None, charset="utf8mb4",
+            database=None if self.bare else self.target.database, autocommit=True,
+            client_flag=_FOUND_ROWS | _MULTI_STATEMENTS, auth_plugin_map=refuse,
+            ssl=tls, ssl_disabled=tls is None, connect_timeout=patience,
+            read_timeout=patience, write_timeout=self.policy.timeout_s)
 
     def _context(self) -> ssl.SSLContext:
         """One TLS context for all connections: loading authorities costs 20 ms."""
         import ssl
-
         if self._tls is None:
             self._tls = context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             context.check_hostname = self.target.ssl_mode == "verify_identity"
-            if self.target.ssl_mode in ("verify_ca", "verify_identity"):
-                self._load_authorities(context)
-            else:
-                context.verify_mode = ssl.CERT_NONE
+            path = self.target.ssl_ca
+            try:
+                if self.target.ssl_mode not in ("verify_ca", "verify_identity"):
+                    context.verify_mode = ssl.CERT_NONE
+                elif path:
+                    context.load_verify_locations(path)
+                else:
+                    context.load_default_certs()
+            except OSError as error:  # ssl.SSLError is one
+                raise Problem(f"DB_SSL_CA: cannot use {path}: {error}",
+                              status=UNAVAILABLE) from None
         return self._tls
-
-    def _load_authorities(self, context: ssl.SSLContext) -> None:
-        path = self.target.ssl_ca
-        try:
-            if path:
-                context.load_verify_locations(path)
-            else:
-                context.load_default_certs()
-        except OSError as error:  # ssl.SSLError is one
-            raise Problem(f"DB_SSL_CA: cannot use {path}: {error}",
-                          status=UNAVAILABLE) from None
 
     def _prepare(self, cursor: Cursor) -> bool:
         """Set up the session; whether this server takes writes.
@@ -1296,8 +1277,7 @@ class Database:
         level = "READ COMMITTED" if self.read_committed else "REPEATABLE READ"
         cursor.execute(f"SET SESSION TRANSACTION ISOLATION LEVEL {level}")
         if not self.bare:
-            cursor.execute("SELECT value FROM config WHERE `key` = 'schema_version'")
-            check_schema(_single(cursor), self.target.database)
+            check_schema(cursor.value(SCHEMA_ROW), self.target.database)
         return takes_writes(read_only)
 
 def takes_writes(read_only: Sequence[object]) -> bool:
@@ -1341,8 +1321,6 @@ PACKAGES = {"apt-get": "apt install python3-pymysql",
 
 def how_to_install() -> str:
     """How this system gets PyMySQL."""
-    import shutil
-
     own = next((line for tool, line in PACKAGES.items() if shutil.which(tool)), "")
     return ("install it: " + f"{own}, or: " * bool(own)
             + f"{sys.executable} -m pip install PyMySQL")
@@ -1350,7 +1328,6 @@ def how_to_install() -> str:
 def use_own_environment() -> None:
     """Go on under the .venv beside the script, where PyMySQL is missing here."""
     import importlib.util
-
     folder = os.path.join(os.path.dirname(os.path.realpath(__file__)), ".venv")
     python = os.path.join(folder, "bin", "python3")
     if importlib.util.find_spec("pymysql") is None and os.access(python, os.X_OK) \
@@ -1366,13 +1343,10 @@ def driver_version() -> str:
 def diagnose(error: Exception) -> tuple[Trouble, int]:
     """The class of a PyMySQL error, and its code."""
     import ssl
-
     code = error.args[0] if error.args and isinstance(error.args[0], int) else -1
     origin = getattr(error, "original_exception", None)
     if isinstance(origin, ssl.SSLCertVerificationError):  # PyMySQL says 2003: away
         return Trouble.SETUP, 2026
-    if code == BINLOG_NEEDS_REPEATABLE_READ:
-        return Trouble.RECONNECT, code
     if code == -1 and "Packet sequence" in str(error):
         return Trouble.RECONNECT, code
     return TROUBLE_OF.get(code, Trouble.BUG), code
@@ -1418,7 +1392,7 @@ def explain_error(target: Target, error: Exception) -> Unreachable:
     else:
         what = f"cannot reach the database {place}: {text}"
         hint = "check that the server runs, and DB_HOST, DB_PORT and DB_SOCKET"
-    return Unreachable(what, hint)
+    return Unreachable(what, hint, UNAVAILABLE)
 
 def schema_of(row: object, database: str) -> int:
     """The schema that a version row tells of; refused: newer than we may write."""
@@ -1446,7 +1420,7 @@ def placeholders(values: Collection[object]) -> str:
     return ", ".join(["%s"] * len(values))
 
 def insertions(cursor: Cursor, packet_bytes: int, head: str,
-               rows: Iterable[tuple[str, Values]], tail: str = "") -> Iterator[str]:
+               rows: Iterable[tuple[str, Values]], tail: str) -> Iterator[str]:
     """INSERTs of `rows`, each (template, values), of a quarter packet at most."""
     limit, size = packet_bytes // 4, 0
     parts: list[str] = []
@@ -1470,16 +1444,13 @@ def init_database(target: Target) -> str:
     that is not ours. Two at once wait for each other by a named lock.
     """
     name, lock = quote_name(target.database), f"queuectl:{target.database}"[:64]
-
     def work(cursor: Cursor) -> str:
-        cursor.execute("SELECT COUNT(*) FROM information_schema.schemata "
-                       "WHERE schema_name = %s", (target.database,))
-        if not _single(cursor):
+        if not cursor.value("SELECT COUNT(*) FROM information_schema.schemata "
+                            "WHERE schema_name = %s", target.database):
             cursor.execute(f"CREATE DATABASE IF NOT EXISTS {name} "
                            "DEFAULT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin")
         cursor.execute(f"USE {name}")
-        cursor.execute("SELECT GET_LOCK(%s, 10)", (lock,))
-        if not _single(cursor):
+        if not cursor.value("SELECT GET_LOCK(%s, 10)", lock):
             raise Problem("another queuectl db init is at work", "try again soon")
         # While we wait for the end of a long transaction all others wait for us.
         cursor.execute("SET SESSION lock_wait_timeout = 1")
@@ -1499,15 +1470,13 @@ def _existing_schema(cursor: Cursor, database: str) -> int:
     tables = cursor.rows(str, "SELECT table_name FROM information_schema.tables "
                          "WHERE table_schema = %s", database)
     if "config" in tables:
-        cursor.execute("SELECT value FROM config WHERE `key` = 'schema_version'")
-        version = _single(cursor)
+        version = cursor.value(SCHEMA_ROW)
         if version is not None or "jobs" in tables or cursor.rows(
                 str, "SELECT value FROM config LIMIT 1"):
             return schema_of(version, database)
     elif "jobs" in tables:
-        raise Problem(f"{database} has a jobs table that is not queuectl's: "
-                      "nothing was changed", "name another database in DB_NAME",
-                      UNAVAILABLE)
+        raise Problem(f"{database} has a jobs table that is not queuectl's: nothing "
+                      "was changed", "name another database in DB_NAME", UNAVAILABLE)
     return 0
 
 def _upgrade(cursor: Cursor, found: int) -> None:
@@ -1524,11 +1493,6 @@ def _upgrade(cursor: Cursor, found: int) -> None:
             cursor.execute(step.statement)
     cursor.execute("UPDATE config SET value = %s WHERE `key` = 'schema_version'",
                    (f"{SCHEMA_VERSION}/{OLDEST_WRITER}",))
-
-def _single(cursor: Cursor) -> object:
-    """The one value of a one-row answer."""
-    row = cursor.fetchone()
-    return row[0] if row else None
 
 
 # ---- enqueueing --------------------------------------------------------------
@@ -1582,7 +1546,6 @@ def _read_ids(text: str) -> list[str]:
 
 QUEUE_NAME = _text(NAME, 64, f"1 to 64 {NAMED}")
 JOB_ID = _text(NAME, 128, f"1 to 128 {NAMED}")
-
 JOB_IDS = Kind(_read_ids, "a list of job ids", (list, str))
 COMMAND = _text(NOT_BLANK, COMMAND_BYTES_MAX,
                 f"a command of 1 to {COMMAND_BYTES_MAX} bytes of UTF-8 without NUL")
@@ -1768,7 +1731,6 @@ def spool_lines(file: Iterable[bytes], as_json: bool, defaults: Job_Values) -> S
 def ahead(items: Iterator[str]) -> Iterator[str]:
     """The same items, each made by a thread while the one before it is used."""
     from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor(1) as maker:
         item = maker.submit(next, items, "")
         while found := item.result():
@@ -1802,9 +1764,8 @@ def enqueue(database: Database, spool: Spool, if_absent: bool) -> dict[str, str]
             _link(cursor, spool, batch)
         return dict(_holders(cursor, spool)) if if_absent else {}
     def verify(cursor: Cursor) -> dict[str, str] | None:
-        cursor.execute("SELECT seq FROM jobs WHERE id = %s AND batch = %s FOR UPDATE",
-                       (spool.first_id, batch))
-        return {} if cursor.fetchone() else None
+        ours = "SELECT seq FROM jobs WHERE id = %s AND batch = %s FOR UPDATE"
+        return {} if cursor.value(ours, spool.first_id, batch) else None
     try:
         held = database.transact(work, None if if_absent else verify)
     except Unreachable as problem:
@@ -1831,9 +1792,8 @@ def _holders(cursor: Cursor, spool: Spool) -> Iterator[tuple[str, str]]:
     for page in pages((str(job["unique"]), str(job["id"]))
                       for job in spool if "unique" in job):
         keys = dict(page)
-        found = dict(cursor.rows(
-            lambda *row: row, "SELECT live_key, id FROM jobs "
-            f"WHERE live_key IN ({placeholders(keys)})", *keys))
+        found = dict(cursor.rows(lambda *row: row, "SELECT live_key, id FROM jobs "
+                                 "WHERE live_key IN %s", [*keys]))
         yield from ((job_id, holder) for key, job_id in page
                     if (holder := found.get(key, job_id)) != job_id)
 
@@ -1848,9 +1808,8 @@ def release_staged(cursor: Cursor, key: str, moment: str) -> int:
                        f"LIMIT {RELEASED_AT_ONCE} FOR UPDATE", moment)
     if seqs:
         return cursor.execute(
-            "UPDATE jobs FORCE INDEX (PRIMARY) SET state = 'pending', next_run_at = "
-            "created_at WHERE state = 'blocked' AND seq IN "
-            f"({placeholders(seqs)})", seqs)
+            "UPDATE jobs FORCE INDEX (PRIMARY) SET state = 'pending', "
+            "next_run_at = created_at WHERE state = 'blocked' AND seq IN %s", [seqs])
     return 0 * cursor.execute("DELETE FROM config WHERE `key` = %s", (key,))
 
 def _explain_refusal(database: Database, refused: RowRefused, spool: Spool) -> Problem:
@@ -1887,28 +1846,27 @@ def _link(cursor: Cursor, spool: Spool, batch: str) -> None:
     for page in pages(edges):
         ours, old = (dict(cursor.rows(
             lambda *row: row, "SELECT id, seq FROM jobs FORCE INDEX (jobs_id) "
-            f"WHERE {only} id IN ({placeholders(page)}) ORDER BY seq FOR UPDATE",
-            *(edge[end] for edge in page)))
+            f"WHERE {only} id IN %s ORDER BY seq FOR UPDATE",
+            [edge[end] for edge in page]))
             for end, only in enumerate((f"batch = '{batch}' AND", "")))
         rows = []
         for child, parent, needs in page:
             if child in ours:  # else it was there already
                 if old.get(parent, ours[child]) >= ours[child]:
-                    raise Problem(
-                        f"job {child} cannot wait for {parent}: there is no such job "
-                        "before it", "a finished one may have been purged; nothing was "
-                        "enqueued", USAGE)
+                    raise Problem(f"job {child} cannot wait for {parent}: there is no "
+                                  "such job before it", "a finished one may have "
+                                  "been purged; nothing was enqueued", USAGE)
                 rows.append((old[parent], ours[child], needs))
         if rows:
-            cursor.defer("UPDATE jobs FORCE INDEX (PRIMARY) SET has_children = 1 WHERE "
-                         f"seq IN ({placeholders(rows)})", [row[0] for row in rows])
+            cursor.defer("UPDATE jobs FORCE INDEX (PRIMARY) SET has_children = 1 "
+                         "WHERE seq IN %s", [[row[0] for row in rows]])
             cursor.defer("INSERT INTO dependencies (parent, child, needs) VALUES "
                          f"{placeholders(rows)} ON DUPLICATE KEY UPDATE "
                          "needs = VALUES(needs)", rows)
     for ids in pages(str(job["id"]) for job in spool if any(map(job.get, NEEDS))):
-        seqs = cursor.rows(int, "SELECT seq FROM jobs FORCE INDEX (jobs_id) WHERE "
-                           f"batch = '{batch}' AND id IN ({placeholders(ids)})", *ids)
-        release_children(cursor, decide_blocked(cursor, seqs))
+        release_children(cursor, decide_blocked(cursor, cursor.rows(
+            int, "SELECT seq FROM jobs FORCE INDEX (jobs_id) WHERE batch = %s AND "
+            "id IN %s", batch, ids)))
 
 MET = """(parents.state = 'completed' OR (needs = 'ended' AND
           parents.state IN ('dead', 'cancelled')))"""
@@ -1916,66 +1874,60 @@ HOPELESS = "(needs = 'completed' AND parents.state IN ('dead', 'cancelled'))"
 PARENTS = "dependencies JOIN jobs AS parents ON parents.seq = parent"
 
 def release_children(cursor: Cursor, ended: Collection[int]) -> None:
-    """Have what waits for these jobs, which have just ended, run or die with them, and
-    so on down the chain."""
+    """Have what waits for these ended jobs run or die with them, down the chain."""
     while ended:
-        children = cursor.rows(
-            int, "SELECT DISTINCT child FROM dependencies "
-            f"WHERE parent IN ({placeholders(ended)}) ORDER BY child {cursor.share}",
-            *ended)
+        children = cursor.rows(int, "SELECT DISTINCT child FROM dependencies WHERE "
+                               f"parent IN %s ORDER BY child {cursor.share}", ended)
         ended = [seq for page in pages(children)
                  for seq in decide_blocked(cursor, page)]
 
 def decide_blocked(cursor: Cursor, seqs: Sequence[int]) -> list[int]:
-    """Let go those blocked jobs that wait for nothing more, and bury those that can
-    never run; the latter.
+    """Let go blocked jobs that wait for nothing more, bury the hopeless; the latter.
 
     They are written before their parents are read: so of two who settle two parents at
     once, one waits here for the other and then sees what it did.
     """
     if not seqs:
         return []
-    update = "UPDATE jobs FORCE INDEX (PRIMARY) SET {} WHERE state = 'blocked' AND "
-    cursor.defer(update.format("waits_for = waits_for + 1")
-                 + f"seq IN ({placeholders(seqs)})", seqs)
+    update = ("UPDATE jobs FORCE INDEX (PRIMARY) SET {} WHERE state = 'blocked' AND "
+              "seq IN %s")
+    cursor.defer(update.format("waits_for = waits_for + 1"), [seqs])
     found = cursor.rows(
         lambda *row: row, f"SELECT child, SUM(NOT {MET}), SUM({HOPELESS}), CONCAT("
         f"'waited for ', MIN(IF({HOPELESS}, CONCAT(parents.id, ', which was ', "
         f"parents.state), NULL))) FROM {PARENTS} JOIN jobs ON jobs.seq = child "
-        f"WHERE jobs.state = 'blocked' AND child IN ({placeholders(seqs)}) "
-        f"GROUP BY child {cursor.share}", *seqs)
+        f"WHERE jobs.state = 'blocked' AND child IN %s GROUP BY child {cursor.share}",
+        seqs)
     free = [seq for seq, unmet, _, _ in found if not unmet]
     dead = {seq: why for seq, _, hopeless, why in found if hopeless}
     if free:
         cursor.defer(update.format(
             "waits_for = 0, state = IF(next_run_at > UTC_TIMESTAMP(6), 'scheduled', "
-            "'pending')") + f"seq IN ({placeholders(free)})", free)
+            "'pending')"), [free])
     if dead:
         cursor.defer(update.format(
             "state = 'dead', reason = 'dependency', finished_at = UTC_TIMESTAMP(6), "
-            "next_run_at = LEAST(next_run_at, UTC_TIMESTAMP(6))")
-            + f"seq IN ({placeholders(dead)})", [*dead])
+            "next_run_at = LEAST(next_run_at, UTC_TIMESTAMP(6))"), [[*dead]])
         bury(cursor, dead)
     return [*dead]
 
 def bury(cursor: Cursor, dead: Mapping[int, str | None]) -> None:
     """Write the dead letters of jobs that have just died, each with its last line, and
     enqueue their on_failure commands, for the same queue, directory and variables."""
-    those = f"seq IN ({placeholders(dead)})"
     cursor.defer(
         f"""
         INSERT INTO dlq (seq, id, exit_code, reason, last_line)
         SELECT seq, id, exit_code, reason, ELT(FIELD(seq, {placeholders(dead)}),
-               {placeholders(dead)}) FROM jobs FORCE INDEX (PRIMARY) WHERE {those}
+               {placeholders(dead)}) FROM jobs FORCE INDEX (PRIMARY) WHERE seq IN %s
             ON DUPLICATE KEY UPDATE died_at = UTC_TIMESTAMP(6), seq = VALUES(seq),
                id = VALUES(id), exit_code = VALUES(exit_code), reason = VALUES(reason),
                last_line = VALUES(last_line)
-        """, [*dead, *dead.values(), *dead])
+        """, [*dead, *dead.values(), [*dead]])
     for signature, command, cwd, env, hook, *about in cursor.rows(
             lambda *row: row, "SELECT signature, command, cwd, env, on_failure, "
             "jobs.id, queue, attempts, dlq.reason, dlq.exit_code, last_line FROM jobs "
-            f"JOIN dlq USING (seq) WHERE {those} AND LENGTH(on_failure) BETWEEN 1 AND "
-            f"{COMMAND_BYTES_MAX}", *dead):
+            "JOIN dlq USING (seq) WHERE seq IN %s AND LENGTH(on_failure) BETWEEN 1 AND "
+            f"{COMMAND_BYTES_MAX}", [*dead]):
         if not is_signed(signature, about[0], command, cwd, env, hook):
             continue
         told = {f"QUEUECTL_PARENT_{name}": str(value) for name, value in zip(
@@ -1995,7 +1947,6 @@ def env_of(text: object) -> dict[str, str]:
     return {}
 
 
-
 # ---- claiming ----------------------------------------------------------------
 #
 # One turn of a worker is one transaction, always in this lock order: beat; settle what
@@ -2012,8 +1963,7 @@ NEIGHBOURS_PROMOTION_S, SLOW_CLAIM_S = 0.05, 0.02
 DETAIL_MAX, LAST_LINE_MAX = 1024, 255
 Ended = Tuple[Held, End]
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """A claimed job: what to run, and how."""
     held: Held
     command: str
@@ -2048,11 +1998,8 @@ class Look:
     beats: dict[str, tuple[int, float]]  # of the others, each with its lease
     strays: list[str | None]  # workers with runs and no row
     forgotten: list[str]  # workers lost a day ago
+    staged: list[str]  # the keys in `config` of batches still to be released
     drained: bool = False
-
-    @property
-    def staged(self) -> list[str]:
-        return [key for key in self.config if key.startswith(STAGED)]
 
 class Change(NamedTuple):
     """One ended run and what it makes of its job: a row of the plan."""
@@ -2074,8 +2021,7 @@ class Turn:
     changes: Sequence[Change] = ()  # what became of the jobs that ended
     notes: Sequence[str] = ()  # for the log
 
-@dataclass(frozen=True)
-class Identity:
+class Identity(NamedTuple):
     """One worker process, as its row describes it."""
     id: str
     host: str
@@ -2187,7 +2133,7 @@ class Desk:
         if not seqs:
             return Turn()
         cursor.execute("SELECT seq, token FROM jobs FORCE INDEX (PRIMARY) "
-                       f"WHERE seq IN ({placeholders(seqs)}) FOR UPDATE", seqs)
+                       "WHERE seq IN %s FOR UPDATE", [seqs])
         found = dict(cursor.fetchall())
         ours = any(found.get(seq) == self._token for seq in self._marked)
         settled = any(found.get(seq) != held for seq, held in self._settled.items())
@@ -2237,13 +2183,12 @@ class Desk:
     @staticmethod
     def _lock_runs(cursor: Cursor, seqs: Sequence[int]) -> \
             dict[tuple[int, str], tuple[bool, bool]]:
-        """The (seq, token) of those that run, and whether a person cancelled it, and
-        others wait for it."""
+        """By (seq, token), those that run: whether cancelled, and waited for."""
         return dict(cursor.rows(
             lambda seq, token, asked, waited: ((seq, token), (bool(asked), waited)),
             "SELECT seq, token, cancel_requested_at IS NOT NULL, has_children "
-            f"FROM jobs FORCE INDEX (PRIMARY) WHERE seq IN ({placeholders(seqs)}) "
-            "AND state = 'processing' ORDER BY seq FOR UPDATE", *seqs))
+            "FROM jobs FORCE INDEX (PRIMARY) WHERE seq IN %s "
+            "AND state = 'processing' ORDER BY seq FOR UPDATE", seqs))
 
     def _decide(self, held: Held, end: End, cancelled: bool, waited: bool) -> Change:
         held = dataclasses.replace(held, cancel_requested=cancelled,
@@ -2254,8 +2199,7 @@ class Desk:
         return Change(held, end, verdict)
 
     def _carry_out(self, cursor: Cursor, changes: Sequence[Change]) -> None:
-        """Write a plan: jobs, history, dead letters, what waits for them. Rows alike
-        share a statement."""
+        """Write a plan; jobs alike in it share a statement."""
         groups: dict[tuple[object, ...], list[Change]] = {}
         for change in changes:
             key = (change.verdict, change.end.exit_code, change.end.reason)
@@ -2273,11 +2217,6 @@ class Desk:
             bury(cursor, dead)
         release_children(cursor, [change.held.seq for change in changes
                                   if change.held.has_children and change.to in ENDED])
-
-    def _insert(self, cursor: Cursor, head: str, rows: Iterable[tuple[str, Values]],
-                tail: str = "") -> None:
-        for one in insertions(cursor, self.database.packet_bytes, head, rows, tail):
-            cursor.defer(one)
 
     @staticmethod
     def _move_jobs(cursor: Cursor, group: Sequence[Change]) -> None:
@@ -2306,16 +2245,14 @@ class Desk:
              "given_back": int(verdict.move == "hand back"), "seqs": seqs,
              "tokens": list({change.held.token for change in group})})
 
-    def _write_history(self, cursor: Cursor,
-                       found: Iterable[tuple[Held, End]]) -> None:
+    def _write_history(self, cursor: Cursor, found: Iterable[tuple[Held, End]]) -> None:
         """A row of each run that ended; of one that goes on, its output so far."""
-        ended = "UTC_TIMESTAMP(6)"
-        self._insert(
-            cursor, "INSERT INTO runs (job, run, attempt, worker, started_at, "
-            "duration, exit_code, reason, detail, output, output_bytes, finished_at) "
-            "VALUES",
-            [(f"(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, "
-              f"{ended if end.reason else 'NULL'})",
+        row = "(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, {})"
+        made = insertions(
+            cursor, self.database.packet_bytes,
+            "INSERT INTO runs (job, run, attempt, worker, started_at, duration, "
+            "exit_code, reason, detail, output, output_bytes, finished_at) VALUES",
+            [(row.format("UTC_TIMESTAMP(6)" if end.reason else "NULL"),
               (held.seq, held.run, held.attempts, held.worker, held.started_at,
                end.duration_s, end.exit_code, end.reason,
                end.detail.encode(errors="backslashreplace").decode()[:DETAIL_MAX]
@@ -2328,26 +2265,25 @@ class Desk:
                 output = COALESCE(VALUES(output), output),
                 output_bytes = GREATEST(VALUES(output_bytes), output_bytes)
             """)
+        for one in made:
+            cursor.defer(one)
 
     # -- promote and claim
 
     def _promote(self, cursor: Cursor) -> float:
         """Make due jobs pending; how soon to look for more of them."""
         promoted = 0
-        skip_locked = "SKIP LOCKED" if self.database.skip_locked(cursor) else ""
         for state in (State.SCHEDULED, State.FAILED):
-            cursor.execute(
-                "SELECT seq FROM jobs FORCE INDEX (jobs_due) "
+            seqs = cursor.rows(
+                int, "SELECT seq FROM jobs FORCE INDEX (jobs_due) "
                 "WHERE state = %s AND next_run_at <= UTC_TIMESTAMP(6) "
                 f"ORDER BY next_run_at LIMIT {PROMOTED_AT_ONCE} "
-                f"FOR UPDATE {skip_locked}", (state,))
-            seqs = [row[0] for row in cursor.fetchall()]
+                f"FOR UPDATE {self.database.skip_locked(cursor)}", state)
             promoted += len(seqs)
             if seqs:
-                cursor.defer(
-                    "UPDATE jobs FORCE INDEX (PRIMARY) SET state = %s "
-                    f"WHERE state = %s AND seq IN ({placeholders(seqs)})",
-                    (MOVES["release"].to, state, *seqs))
+                cursor.defer("UPDATE jobs FORCE INDEX (PRIMARY) SET state = %s WHERE "
+                             "state = %s AND seq IN %s",
+                             (MOVES["release"].to, state, seqs))
         # A due row that we did not get is in a neighbour's promotion: no hurry for us.
         return 0.0 if promoted else NEIGHBOURS_PROMOTION_S
 
@@ -2382,13 +2318,13 @@ class Desk:
         names = [name for name in room if self._limits[name] != 0]
         for sure in (False, True) if names else ():
             if sure:
-                cursor.defer("UPDATE queues SET touched = touched + 1 WHERE name IN "
-                             f"({placeholders(names)}) ORDER BY name", names)
+                cursor.defer("UPDATE queues SET touched = touched + 1 "
+                             "WHERE name IN %s ORDER BY name", [names])
             found = cursor.rows(
                 lambda name, free: (name, free), f"SELECT name, {ALLOWED} - (SELECT "
                 "COUNT(*) FROM jobs FORCE INDEX (jobs_claim) WHERE queue = name AND "
-                f"state = 'processing' {cursor.share}) FROM queues WHERE name IN "
-                f"({placeholders(names)}) {cursor.share}", *names)
+                f"state = 'processing' {cursor.share}) FROM queues WHERE name IN %s "
+                f"{cursor.share}", names)
             room.update((name, sys.maxsize if free is None else max(0, free))
                         for name, free in found)
             names = [name for name, _ in found if room[name]]
@@ -2429,10 +2365,9 @@ class Desk:
             if alone:
                 break
         if seqs:
-            cursor.defer(
-                f"UPDATE jobs FORCE INDEX (PRIMARY) {CLAIM_ASSIGNMENTS} "
-                f"WHERE state = 'pending' AND seq IN ({placeholders(seqs)})",
-                (self._token, self.me.id, *seqs))
+            cursor.defer(f"UPDATE jobs FORCE INDEX (PRIMARY) {CLAIM_ASSIGNMENTS} WHERE "
+                         "state = 'pending' AND seq IN %s",
+                         (self._token, self.me.id, seqs))
             self._marked += seqs
         return not alone
 
@@ -2446,13 +2381,11 @@ class Desk:
         if idle and not self._marked:
             kinds.append((">=", 1))
         for comparison, limit in kinds:
-            cursor.execute(
-                f"UPDATE jobs FORCE INDEX (jobs_claim) {CLAIM_ASSIGNMENTS} "
-                "WHERE state = 'pending' AND queue = %s "
-                f"AND losses {comparison} {ALONE_AFTER_LOSSES} "
-                f"ORDER BY claim_order, seq LIMIT {limit}",
-                (self._token, self.me.id, name))
-            if cursor.rowcount:
+            if cursor.execute(
+                    f"UPDATE jobs FORCE INDEX (jobs_claim) {CLAIM_ASSIGNMENTS} "
+                    f"WHERE state = 'pending' AND queue = %s AND losses {comparison} "
+                    f"{ALONE_AFTER_LOSSES} ORDER BY claim_order, seq LIMIT {limit}",
+                    (self._token, self.me.id, name)):
                 break
         cursor.execute("SELECT seq, losses FROM jobs FORCE INDEX (jobs_due) "
                        "WHERE state = 'processing' AND token = %s", (self._token,))
@@ -2464,9 +2397,8 @@ class Desk:
         """The jobs that carry our token after COMMIT: only these may start."""
         if not self._marked:
             return []
-        only = f"seq IN ({placeholders(self._marked)}) AND token = %s"
-        return self._read_jobs(cursor, "PRIMARY", f"{only} ORDER BY claim_order, seq",
-                               [*self._marked, self._token])
+        return self._read_jobs(cursor, "PRIMARY", "seq IN %s AND token = %s "
+                               "ORDER BY claim_order, seq", [self._marked, self._token])
 
     def _read_jobs(self, cursor: Cursor, index: str, only: str,
                    values: Sequence[object]) -> list[Job]:
@@ -2496,9 +2428,10 @@ class Desk:
 
     def _look(self, cursor: Cursor, ask: Ask) -> Look:
         """All that an idle worker wants to know, by one statement."""
-        only = f"AND queue IN ({placeholders(self.me.queues)})" * bool(self.me.queues)
-        values = [self.me.id, self.me.id, *self.me.queues, *[self.me.id] * ask.judge]
-        cursor.execute(LOOK.format(only=only) + LOOK_AT_OTHERS * ask.judge, values)
+        served = [self.me.queues] * bool(self.me.queues)
+        values = [self.me.id, self.me.id, *served, *[self.me.id] * ask.judge]
+        cursor.execute(LOOK.format(only="AND queue IN %s" * len(served))
+                       + LOOK_AT_OTHERS * ask.judge, values)
         seen: dict[str, list[list[str]]] = collections.defaultdict(list)
         for what, *found in cursor.fetchall():
             seen[what].append(found)
@@ -2510,7 +2443,8 @@ class Desk:
             beats={name: (int(beat), float(lease))
                    for name, beat, lease in seen["beat"]},
             strays=[name for name, _, _ in seen["stray"]],
-            forgotten=[name for name, _, _ in seen["forgotten"]])
+            forgotten=[name for name, _, _ in seen["forgotten"]],
+            staged=[key for key, _, _ in seen["config"] if key.startswith(STAGED)])
 
     def _hand_back_unrun(self, ask: Ask, look: Look) -> None:
         """Hand back rows under our name that we do not run: a read-back failed."""
@@ -2518,8 +2452,7 @@ class Desk:
         unrun = [seq for seq, _ in look.runs.keys() - known]
         if unrun:
             jobs = self.database.read(lambda cursor: self._read_jobs(
-                cursor, "PRIMARY", f"worker = %s AND seq IN ({placeholders(unrun)})",
-                (self.me.id, *unrun)))
+                cursor, "PRIMARY", "worker = %s AND seq IN %s", (self.me.id, unrun)))
             self._settle_now([(job.held, End(Reason.HANDED_BACK)) for job in jobs])
 
     def _drained(self, cursor: Cursor) -> bool:
@@ -2529,13 +2462,12 @@ class Desk:
                  for name in queues_with(cursor, state)} - {*paused}
         if names & {*(self.me.queues or names)}:
             return False
-        there = f"AND {{}}.queue IN ({placeholders(self.me.queues)}) " \
-            if self.me.queues else ""
+        served = [self.me.queues] * bool(self.me.queues)
+        there = "AND {}.queue IN %s" * len(served)
         return not cursor.rows(
             int, f"SELECT 1 FROM {PARENTS} JOIN jobs ON jobs.seq = child WHERE "
             f"jobs.state = 'blocked' {there.format('jobs')} AND parents.state IN "
-            f"('scheduled', 'blocked') {there.format('parents')} LIMIT 1",
-            *self.me.queues, *self.me.queues)
+            f"('scheduled', 'blocked') {there.format('parents')} LIMIT 1", *served * 2)
 
     def _purge_old(self) -> None:
         """Delete a batch of what retain_completed and the like let go."""
@@ -2597,11 +2529,10 @@ class Desk:
         def work(cursor: Cursor) -> int | None:
             # A judged worker whose row is locked is in a turn: it is not dead.
             judged = beat is not None and beat >= 0
-            skip = "SKIP LOCKED" if judged and self.database.skip_locked(cursor) else ""
-            cursor.execute("SELECT beat FROM workers WHERE id <=> %s "
-                           f"AND lost_at IS NULL FOR UPDATE {skip}", (worker,))
-            row = cursor.fetchone()
-            if beat != -1 and beat != (row[0] if row else None):
+            skip = self.database.skip_locked(cursor) if judged else ""
+            found = cursor.value("SELECT beat FROM workers WHERE id <=> %s "
+                                 f"AND lost_at IS NULL FOR UPDATE {skip}", worker)
+            if beat not in (-1, found):
                 return None
             cursor.execute(
                 "UPDATE workers SET lost_at = UTC_TIMESTAMP(6), state = 'lost' "
@@ -2634,8 +2565,7 @@ class Desk:
                   ",".join(me.queues) or None, self.settings.lease_s)
         self.database.run(
             "INSERT INTO workers (id, host, pid, supervisor, process, slots, queues, "
-            f"lease) VALUES ({placeholders(values)}) "
-            "ON DUPLICATE KEY UPDATE slots = VALUES(slots)", *values)
+            "lease) VALUES %s ON DUPLICATE KEY UPDATE slots = VALUES(slots)", values)
 
     def retire(self) -> None:
         """Remove this worker's row: it holds nothing any more."""
@@ -2675,9 +2605,8 @@ CLAIM_ASSIGNMENTS = """
        duration = NULL, exit_code = NULL, reason = NULL, cancel_requested_at = NULL"""
 
 def ended_before(state: State, age: str) -> str:
-    """The condition of jobs that may be purged: of this state, ended before `age` (an
-    expression), and no blocked job waits for them. next_run_at, which is indexed, is
-    never later than the end."""
+    """The condition of jobs that may be purged: of this state, ended before `age`, and
+    no blocked job waits for them. next_run_at, indexed, is never later than the end."""
     return (f"state = '{state}' AND next_run_at < {age} AND finished_at < {age} "
             "AND NOT EXISTS (SELECT 1 FROM dependencies JOIN jobs AS waiting "
             "ON waiting.seq = child WHERE parent = jobs.seq "
@@ -2686,16 +2615,14 @@ def ended_before(state: State, age: str) -> str:
 def purge(database: Database, state: State, age: str) -> int:
     """Delete a batch of jobs with their history and dead letters; how many it were."""
     def work(cursor: Cursor) -> int:
-        skip_locked = "SKIP LOCKED" if database.skip_locked(cursor) else ""
         seqs = cursor.rows(
             int, "SELECT seq FROM jobs FORCE INDEX (jobs_due) WHERE "
             f"{ended_before(state, age)} ORDER BY next_run_at LIMIT {PURGED_AT_ONCE} "
-            f"FOR UPDATE {skip_locked}")
+            f"FOR UPDATE {database.skip_locked(cursor)}")
         for table, column in (("runs", "job"), ("dlq", "seq"), ("jobs", "seq"),
                               ("dependencies", "parent"), ("dependencies", "child")):
             if seqs:
-                cursor.defer(f"DELETE FROM {table} WHERE {column} IN "
-                             f"({placeholders(seqs)})", seqs)
+                cursor.defer(f"DELETE FROM {table} WHERE {column} IN %s", [seqs])
         return len(seqs)
     return database.transact(work)
 
@@ -2781,11 +2708,7 @@ class Run:
     reason: str | None
     detail: str | None
 
-    def as_json(self) -> dict[str, Json]:
-        return as_json(self, "run")
-
-@dataclass(frozen=True)
-class Whole:
+class Whole(NamedTuple):
     """A job with all that is known of it; `output` is its last run's."""
     view: View
     cwd: str | None
@@ -2810,7 +2733,8 @@ class Filter(NamedTuple):
 class Office:
     """What a person asks of the queue, or changes in it."""
     def __init__(self, database: Database, settings: Settings) -> None:
-        self.database, self.retries = database, settings.max_retries
+        self.database, self.rows = database, database.rows
+        self.retries = settings.max_retries
         self._columns = VIEW_COLUMNS.format(retries=settings.max_retries,
                                             timeout=settings.job_timeout)
 
@@ -2819,11 +2743,11 @@ class Office:
         """The newest jobs first, read page by page; 0: all."""
         where, values = self._filter(state, queue_name)
         # Few of many are sorted; of what is frequent, the newest are found by walking.
-        matching = self._count(f"jobs WHERE {where}", values, SORTED_UP_TO + 1)
+        matching = self.tally(f"jobs WHERE {where}", values, SORTED_UP_TO + 1)
         index = "jobs_claim" if values and matching <= SORTED_UP_TO else "PRIMARY"
         left, below = limit or sys.maxsize, 1 << 63
         while left > 0:
-            views = self.database.rows(
+            views = self.rows(
                 View, f"SELECT {self._columns} FROM jobs FORCE INDEX ({index}) "
                 f"WHERE seq < %s AND {where} ORDER BY seq DESC LIMIT %s",
                 below, *values, min(PAGE, left))
@@ -2834,10 +2758,7 @@ class Office:
 
     def count(self, state: str | None, queue_name: str | None) -> int:
         where, values = self._filter(state, queue_name)
-        return self._count(f"jobs WHERE {where}", values, COUNTED_UP_TO + 1)
-
-    def count_where(self, condition: str) -> int:
-        return self._count(f"jobs WHERE {condition}")
+        return self.tally(f"jobs WHERE {where}", values, COUNTED_UP_TO + 1)
 
     @staticmethod
     def _filter(state: str | None, queue_name: str | None) -> tuple[str, list[object]]:
@@ -2845,24 +2766,22 @@ class Office:
             return "TRUE", []
         states = [state] if state else list(State)  # all: the index begins with it
         named = [queue_name] if queue_name else []
-        return (f"state IN ({placeholders(states)})" + " AND queue = %s" * len(named),
-                [*states, *named])
+        return "state IN %s" + " AND queue = %s" * len(named), [states, *named]
 
-    def _count(self, source: str, values: Sequence[object] = (), most: int = 0) -> int:
+    def tally(self, source: str, values: Sequence[object] = (), most: int = 0) -> int:
         """How many rows; counting stops at `most`, 0: never."""
         if most:
             source = f"(SELECT 1 FROM {source} LIMIT {most}) AS some"
-        [count] = self.database.rows(int, f"SELECT COUNT(*) FROM {source}", *values)
+        [count] = self.rows(int, f"SELECT COUNT(*) FROM {source}", *values)
         return count
 
     def follow(self, job_id: str, run: int,
                when_slow: Callable[[], None] = lambda: None) -> Iterator[bytes]:
         """The output of a job from its run number `run` on, as it comes, until the job
-        has ended; Problem if there is no such job. `when_slow` is called if it has not
-        started after SLOW_START_S."""
+        has ended; `when_slow` is called if it has not started after SLOW_START_S."""
         seen, pause, slow_at = 0, 0.02, time.monotonic() + SLOW_START_S
         while True:
-            found = self.database.rows(
+            found = self.rows(
                 lambda *row: row, "SELECT state, run, output_bytes, IF(run > %s OR "
                 "output_bytes > %s, output, NULL) FROM jobs LEFT JOIN runs ON job = "
                 "seq AND run >= %s WHERE id = %s ORDER BY run", run, seen, run, job_id)
@@ -2908,35 +2827,33 @@ class Office:
 
     def whole(self, job_id: str) -> Whole:
         """Everything about one job; Problem if there is none."""
-        rows = self.database.rows(
+        rows = self.rows(
             lambda cwd, env, *row: (View(*row), cwd, env),
             f"SELECT cwd, env, {self._columns} FROM jobs WHERE id = %s", job_id) \
             if NAME.fullmatch(job_id) else []
         if not rows:
             raise no_such_job(job_id)
         [(view, cwd, env)] = rows
-        history = self.database.rows(
+        history = self.rows(
             Run, "SELECT run, attempt, worker, started_at, finished_at, duration, "
             "exit_code, reason, detail FROM runs WHERE job = %s ORDER BY run", view.seq)
-        after = self.database.rows(str, f"SELECT parents.id FROM {PARENTS} "
-                                   "WHERE child = %s ORDER BY parent", view.seq)
+        after = self.rows(str, f"SELECT parents.id FROM {PARENTS} WHERE child = %s "
+                          "ORDER BY parent", view.seq)
         output = self.output(view.seq, history[-1].run) if history else b""
         return Whole(view, cwd, env_of(env), after, history, output)
 
     def output(self, seq: int, run: int) -> bytes:
         """What is kept of one run's output."""
-        return b"".join(self.database.rows(
-            lambda kept: bytes(kept or b""),
-            "SELECT output FROM runs WHERE job = %s AND run = %s", seq, run))
+        return b"".join(self.rows(lambda kept: bytes(kept or b""), "SELECT output "
+                                  "FROM runs WHERE job = %s AND run = %s", seq, run))
 
     def like(self, job_id: str) -> dict[str, object]:
         """What to enqueue for a job like this one, as complete_job makes it."""
         names = (*SIGNED, "queue", "priority", "max_retries", "timeout", "backoff_base",
                  "permanent_exit_codes", "on_lost", "unique")
         columns = ", ".join(COLUMN_OF.get(name, name) for name in names)
-        rows = self.database.rows(lambda *row: row, f"SELECT signature, {columns} "
-                                  "FROM jobs WHERE id = %s", job_id) \
-            if NAME.fullmatch(job_id) else []
+        rows = self.rows(lambda *row: row, f"SELECT signature, {columns} FROM jobs "
+                         "WHERE id = %s", job_id) if NAME.fullmatch(job_id) else []
         if not rows:
             raise no_such_job(job_id)
         if not is_signed(*rows[0][:6]):
@@ -2947,21 +2864,19 @@ class Office:
 
     def dead_letters(self, limit: int, only: Filter) -> list[tuple[View, Moment]]:
         """The dead jobs, the last to die first, each with the time of its death."""
-        return self.database.rows(
-            lambda died, *row: (View(*row), died),
-            f"SELECT died_at, {self._columns} FROM dlq JOIN jobs ON jobs.seq = dlq.seq "
-            f"WHERE {only.where} ORDER BY died_at DESC, dlq.seq DESC LIMIT %s",
-            *only.values, limit or 1 << 63)
+        return self.rows(
+            lambda died, *row: (View(*row), died), f"SELECT died_at, {self._columns} "
+            f"FROM dlq JOIN jobs ON jobs.seq = dlq.seq WHERE {only.where} ORDER BY "
+            "died_at DESC, dlq.seq DESC LIMIT %s", *only.values, limit or 1 << 63)
 
     def dead_ids(self, only: Filter) -> list[str]:
         """The dead jobs, the first to die first."""
-        return self.database.rows(
-            str, "SELECT dlq.id FROM dlq JOIN jobs ON jobs.seq = dlq.seq "
-            f"WHERE {only.where} ORDER BY died_at, dlq.seq", *only.values)
+        return self.rows(str, "SELECT dlq.id FROM dlq JOIN jobs ON jobs.seq = dlq.seq "
+                         f"WHERE {only.where} ORDER BY died_at, dlq.seq", *only.values)
 
     def dead_groups(self) -> list[dict[str, Json]]:
         """The dead letters that are alike but for digits, the most frequent first."""
-        return self.database.rows(
+        return self.rows(
             lambda count, code, reason, line, last, example: {
                 "count": count, "exit_code": code, "reason": reason, "last_line": line,
                 "last_died_at": say_time(last), "example": example},
@@ -2970,25 +2885,24 @@ class Office:
             "GROUP BY exit_code, reason, line ORDER BY many DESC")
 
     def count_dead_letters(self, only: Filter) -> int:
-        return self._count("dlq JOIN jobs ON jobs.seq = dlq.seq WHERE " + only.where,
+        return self.tally("dlq JOIN jobs ON jobs.seq = dlq.seq WHERE " + only.where,
                            only.values, COUNTED_UP_TO + 1)
 
     def states(self, exact: bool) -> tuple[dict[str, int], list[str]]:
         """Jobs in each state, and the states whose count stops at COUNTED_UP_TO."""
         most = 0 if exact else COUNTED_UP_TO + 1
-        counts = {str(state): self._count("jobs WHERE state = %s", [state], most)
+        counts = {str(state): self.tally("jobs WHERE state = %s", [state], most)
                   for state in State}
-        capped = [state for state, count in counts.items()
-                  if most and count == most]
+        capped = [state for state, count in counts.items() if most and count == most]
         return {**counts, **dict.fromkeys(capped, COUNTED_UP_TO)}, capped
 
     def queues(self) -> list[dict[str, Json]]:
         """The queues with pending or processing jobs, with how many."""
-        processing = dict(self.database.rows(
+        processing = dict(self.rows(
             lambda name, count: (name, count), "SELECT queue, COUNT(*) FROM jobs "
             "WHERE state = 'processing' GROUP BY queue"))
         waiting = "jobs WHERE state = 'pending' AND queue = %s"
-        pending = {name: self._count(waiting, [name], COUNTED_UP_TO)
+        pending = {name: self.tally(waiting, [name], COUNTED_UP_TO)
                    for name in self.database.read(functools.partial(
                        queues_with, state=State.PENDING))}
         return [{"queue": name, str(State.PENDING): pending.get(name, 0),
@@ -2997,25 +2911,23 @@ class Office:
 
     def lines(self) -> list[dict[str, Json]]:
         """The queues that have jobs to run or a limit, and how they move."""
-        held = {name: (limit, bool(paused)) for name, limit, paused in
-                self.database.rows(lambda *row: row, "SELECT name, max_running, "
-                                   "paused_at FROM queues")}
-        ended = dict(self.database.rows(
+        held = {name: (limit, bool(paused)) for name, limit, paused in self.rows(
+            lambda *row: row, "SELECT name, max_running, paused_at FROM queues")}
+        ended = dict(self.rows(
             lambda *row: row, "SELECT queue, COUNT(*) FROM (SELECT job, finished_at "
             "FROM runs ORDER BY job DESC LIMIT 5000) AS latest JOIN jobs ON seq = job "
             "WHERE latest.finished_at > UTC_TIMESTAMP(6) - INTERVAL 1 MINUTE "
             "GROUP BY queue"))
         busy = {str(row["queue"]): row for row in self.queues()}
-        none: dict[str, Json] = {}
         rows = []
         for name in sorted({*busy, *(one for one, what in held.items()
                                      if what != (None, False))}):
-            oldest = self.database.rows(
+            oldest = self.rows(
                 say_time, "SELECT MIN(created_at) FROM (SELECT created_at FROM jobs "
                 "FORCE INDEX (jobs_claim) WHERE state = 'pending' AND queue = %s "
                 "ORDER BY claim_order, seq LIMIT 1000) AS first", name)
             limit, paused = held.get(name, (None, False))
-            row = busy.get(name, none)
+            row = busy.get(name, {})
             rows.append({"queue": name, "depth": row.get(State.PENDING, 0),
                          "running": row.get(State.PROCESSING, 0), "limit": limit,
                          "paused": paused, "oldest_waiting": oldest[0],
@@ -3024,7 +2936,7 @@ class Office:
 
     def workers(self) -> list[dict[str, Json]]:
         """The workers that are not lost; `silent`: no beat for longer than a lease."""
-        return self.database.rows(
+        return self.rows(
             lambda worker, host, pid, slots, busy, queues, beat_at, state: {
                 "id": worker, "host": host, "pid": pid, "slots": slots, "busy": busy,
                 "queues": queues.split(",") if queues else [],
@@ -3043,7 +2955,7 @@ class Office:
 
     def running_under(self, host: str, supervisor: int) -> list[str]:
         """The jobs that the workers of one supervisor run."""
-        return self.database.rows(
+        return self.rows(
             str, "SELECT jobs.id FROM jobs JOIN workers ON workers.id = jobs.worker "
             "WHERE jobs.state = 'processing' AND host = %s AND supervisor = %s "
             "AND lost_at IS NULL ORDER BY seq", host, supervisor)
@@ -3064,10 +2976,9 @@ class Office:
                 return Result(job_id, False, state,
                               f"job {job_id} is {state}: nothing to cancel")
             cursor.execute(
-                "UPDATE jobs FORCE INDEX (PRIMARY) "
-                "SET state = %s, reason = %s, finished_at = UTC_TIMESTAMP(6), "
-                "next_run_at = LEAST(next_run_at, UTC_TIMESTAMP(6)) "
-                "WHERE seq = %s AND state = %s",
+                "UPDATE jobs FORCE INDEX (PRIMARY) SET state = %s, reason = %s, "
+                "finished_at = UTC_TIMESTAMP(6), next_run_at = LEAST(next_run_at, "
+                "UTC_TIMESTAMP(6)) WHERE seq = %s AND state = %s",
                 (MOVES["cancel"].to, Reason.CANCELLED, seq, state))
             release_children(cursor, [seq])
             return Result(job_id, True, MOVES["cancel"].to, None, "is cancelled")
@@ -3077,8 +2988,7 @@ class Office:
                reset: bool = False) -> Result:
         """Put a job back, due now, or blocked while it has to wait for others.
 
-        It keeps its attempts, and a dead one may run `retries` times more; with `reset`
-        the count starts again.
+        It keeps its attempts, a dead one gets `retries` more runs; `reset` counts anew.
         """
         def work(cursor: Cursor, seq: int, state: State) -> Result:
             if state not in MOVES[move].leaves:
@@ -3112,7 +3022,7 @@ class Office:
         """Put back what died with a job, and what died with that."""
         parents = [job_id]
         for parent in parents:
-            for child in self.database.rows(
+            for child in self.rows(
                     str, f"SELECT jobs.id FROM {PARENTS} JOIN jobs ON jobs.seq = child "
                     "WHERE parents.id = %s AND jobs.state = 'dead' AND jobs.reason = "
                     "'dependency' ORDER BY child", parent):
@@ -3131,11 +3041,9 @@ class Office:
         """Lock one job, and do what its state allows."""
         nothing = Result(job_id, False, None, no_such_job(job_id).what)
         made: list[tuple[Result, State]] = []
-
         def locked(cursor: Cursor) -> tuple[int, State] | None:
-            found = cursor.rows(
-                lambda seq, state: (seq, State(state)),
-                "SELECT seq, state FROM jobs WHERE id = %s FOR UPDATE", job_id)
+            found = cursor.rows(lambda seq, state: (seq, State(state)), "SELECT seq, "
+                                "state FROM jobs WHERE id = %s FOR UPDATE", job_id)
             return found[0] if found else None
         def work(cursor: Cursor) -> Result:
             found = locked(cursor)
@@ -3158,7 +3066,7 @@ class Office:
 
     def _clash(self, job_id: str) -> Result:
         """Why a job cannot come back: another has its unique key."""
-        [(state, key, holder)] = self.database.rows(
+        [(state, key, holder)] = self.rows(
             lambda *row: row, "SELECT jobs.state, jobs.unique_key, other.id FROM jobs "
             "LEFT JOIN jobs AS other ON other.live_key = jobs.unique_key "
             "WHERE jobs.id = %s", job_id)
@@ -3193,9 +3101,8 @@ def some_of(names: Sequence[str]) -> str:
 def states_of(database: Database, ids: Sequence[str]) -> dict[str, str]:
     """The present states of those of some jobs that are there."""
     named = [one for one in ids if NAME.fullmatch(one)]
-    return dict(database.rows(
-        lambda *row: row, "SELECT id, state FROM jobs "
-        f"WHERE id IN ({placeholders(named)})", *named)) if named else {}
+    return dict(database.rows(lambda *row: row, "SELECT id, state FROM jobs WHERE id "
+                              "IN %s", named)) if named else {}
 
 def read_config(database: Database) -> dict[str, str]:
     """The config table, less the rows that are not settings."""
@@ -3314,7 +3221,8 @@ class Output:
 class Launchpad:
     """What every run of this process starts from: environment, directory, score."""
     def __init__(self, variables: Mapping[bytes, bytes]) -> None:
-        self._environment = job_environment(variables)
+        self._environment = {name: value for name, value in variables.items()
+                             if not PRIVATE_VARIABLE.fullmatch(os.fsdecode(name))}
         self._null = os.open(os.devnull, os.O_RDONLY)
         self._home = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))
         self._score, self._scores = -1, (b"0", b"0")
@@ -3332,8 +3240,7 @@ class Launchpad:
         """The pid of a shell that runs `command` in a session of its own.
 
         It inherits directory and score from us, who have them just for that moment:
-        that costs less than any other way, and lets posix_spawn do it, which in Python
-        3.9 is twice as fast as Popen.
+        so posix_spawn can do it, which in Python 3.9 is twice as fast as Popen.
         """
         os.chdir(os.fsdecode(cwd) if cwd else self._home)
         try:
@@ -3386,11 +3293,10 @@ class Process:
 
     def _spawn(self, write_end: int, launchpad: Launchpad) -> int:
         held, cwd, own = self.job.held, self.job.cwd, self.job.env
-        added = {
-            "QUEUECTL_JOB_ID": held.id, "QUEUECTL_ATTEMPT": str(held.attempts),
-            "QUEUECTL_MAX_ATTEMPTS": str(held.allowed),
-            "QUEUECTL_QUEUE": self.job.queue,
-            **(json.loads(_read_env(own)) if own else {}), MARK: self.mark}
+        added = {"QUEUECTL_JOB_ID": held.id, "QUEUECTL_ATTEMPT": str(held.attempts),
+                 "QUEUECTL_MAX_ATTEMPTS": str(held.allowed),
+                 "QUEUECTL_QUEUE": self.job.queue,
+                 **(json.loads(_read_env(own)) if own else {}), MARK: self.mark}
         return launchpad.spawn(
             self.job.command.encode(), cwd.encode() if cwd else b"", write_end,
             {name.encode(): text.encode() for name, text in added.items()})
@@ -3428,8 +3334,7 @@ class Process:
                                   output_bytes=self.output.total)
 
     def shown(self, now: float) -> bool:
-        """Whether those who follow a run that is gone have had the time to read what
-        the final cut leaves out."""
+        """Whether who follows a run had time to read what its final cut leaves out."""
         if math.isinf(self._shown_at):
             unseen_bytes = self.output.total - self._flushed_bytes
             limit = self.settings.output_limit
@@ -3508,7 +3413,7 @@ class Process:
             limit = f"{say_duration(job.timeout_s)} ({job.timeout_name})"
             if "setting" in job.timeout_name:
                 limit += "; give it more: --timeout 10m, or config set job_timeout 10m"
-            return Reason.TIMEOUT, TIMEOUT_STATUS, f"timed out after {limit}"
+            return Reason.TIMEOUT, TIMED_OUT, f"timed out after {limit}"
         code = 128 - status if status and status < 0 else status
         if self.cause:
             return self.cause, code, ""
@@ -3531,11 +3436,6 @@ def _here() -> str:
     except OSError:
         return "a directory that is gone"
 
-def job_environment(variables: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
-    """What jobs inherit: all but ways into the database, tokens, notify sockets."""
-    return {name: value for name, value in variables.items()
-            if not PRIVATE_VARIABLE.fullmatch(os.fsdecode(name))}
-
 def reap() -> Iterator[tuple[int, int]]:
     """Each ended child, ours or adopted: its pid, and its exit status or -signal."""
     with contextlib.suppress(ChildProcessError):
@@ -3549,7 +3449,6 @@ def become_subreaper() -> None:
     """Have orphans below us become our children, where the kernel can (Linux)."""
     if sys.platform == "linux":
         import ctypes
-
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 @contextlib.contextmanager
@@ -3608,19 +3507,14 @@ def cpu_seconds(pid: int) -> float:
         return sum(map(int, _stat(pid)[11:13])) / os.sysconf("SC_CLK_TCK")
     return 0.0
 
-class _Seen(NamedTuple):
-    """A living process: its session, and whether it carries the mark looked for."""
-    session: int
-    marked: bool
-
-def _see(pid: int, wanted: bytes) -> _Seen | None:
-    """What /proc says of a process; None if it has ended."""
+def _see(pid: int, wanted: bytes) -> tuple[int, bool] | None:
+    """A living process's session, and whether it carries the mark `wanted`."""
     try:
         session, marked = int(_stat(pid)[3]), False
         with contextlib.suppress(PermissionError), \
                 open(f"/proc/{pid}/environ", "rb") as file:
             marked = wanted in file.read().split(b"\0")
-        return _Seen(session, marked)
+        return session, marked
     except OSError:
         return None
 
@@ -3632,23 +3526,21 @@ def _signal_strays(mark: str, session: int, number: int) -> tuple[int, int]:
     with contextlib.suppress(OSError):  # no /proc here: groups alone are ended
         pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
     seen = {pid: one for pid in pids if (one := _see(pid, wanted))}
-    sessions = {one.session for one in seen.values() if one.marked} | {session}
+    sessions = {its_own for its_own, marked in seen.values() if marked} | {session}
     sessions -= {0, os.getsid(0)}
     left = refused = 0
-    for pid, one in seen.items():
-        if pid == os.getpid() or not (one.marked or one.session in sessions):
+    for pid, (its_own, marked) in seen.items():
+        if pid == os.getpid() or not (marked or its_own in sessions):
             continue
         with contextlib.suppress(ProcessLookupError), pinned(pid) as handle:
             # The number may have passed to a stranger since: look again, then signal.
-            again = _see(pid, wanted)
-            if again and (again.marked or again.session in sessions):
+            its_own, marked = _see(pid, wanted) or (-1, False)
+            if marked or its_own in sessions:
                 left += 1
                 try:
-                    if number and handle >= 0:
-                        signal.pidfd_send_signal(handle, number)
-                    elif number:
-                        os.kill(pid, number)
-                except PermissionError:
+                    if number:
+                        send(pid, number, handle)
+                except Problem:  # it belongs to another user
                     left, refused = left - 1, pid
     return left, refused
 
@@ -3715,8 +3607,6 @@ class Ledger:
     CELL = 64  # bytes; the id, whether the worker opened, then a mark for each slot
 
     def __init__(self, slots: int) -> None:
-        import mmap
-
         self._memory = mmap.mmap(-1, self.CELL * (slots + 2))
         self._free = list(range(2, slots + 2))
 
@@ -3738,9 +3628,8 @@ class Ledger:
 
     def read(self) -> tuple[str, bool, list[str]]:
         """The worker's id, whether it opened, and the marks of its runs."""
-        worker, opened, *marks = [
-            self._memory[at:at + self.CELL].rstrip(b"\0").decode()
-            for at in range(0, len(self._memory), self.CELL)]
+        worker, opened, *marks = [self._memory[at:at + self.CELL].rstrip(b"\0").decode()
+                                  for at in range(0, len(self._memory), self.CELL)]
         return worker, bool(opened), [mark for mark in marks if mark]
 
     def _write(self, cell: int, text: str) -> None:
@@ -3748,11 +3637,8 @@ class Ledger:
         self._memory[at:at + size] = text.encode().ljust(size, b"\0")
 
 class Neighbours:
-    """What the processes of one supervisor know of each other: how busy each is. A pipe
-    to each has it look around."""
+    """How busy each process of a supervisor is; a pipe to each has it look around."""
     def __init__(self, slots: Sequence[int]) -> None:
-        import mmap
-
         self._slots = slots
         self._busy = memoryview(mmap.mmap(-1, 2 * len(slots))).cast("H")
         self._pipes = [os.pipe() for _ in slots]
@@ -3790,8 +3676,7 @@ class Crew:
     verbose: bool  # whether a job that completed is worth a line
     say: Callable[[str], None]
 
-@dataclass(frozen=True)
-class Post:
+class Post(NamedTuple):
     """One worker process's place in the crew."""
     number: int
     neighbours: Neighbours
@@ -4142,8 +4027,7 @@ class Worker:
 
     def _report(self, change: Change) -> None:
         """A line for a job that ended; for a completed one on a terminal only."""
-        held, end, verdict = change
-        to = change.to
+        (held, end, verdict), to = change, change.to
         if to is State.COMPLETED and not self.crew.verbose:
             return
         label = "" if end.reason is Reason.EXIT else ", exit status"
@@ -4204,8 +4088,7 @@ class Worker:
     def _finished(self) -> bool:
         if not self.stopping:
             return False
-        asked = self.in_flight.ended if self.in_flight else ()
-        unsettled = [*asked, *self.ended]
+        unsettled = [*(self.in_flight.ended if self.in_flight else ()), *self.ended]
         now = time.monotonic()
         if not self.busy:
             if self.retired and not self.ended:
@@ -4421,7 +4304,6 @@ class Supervisor:
 
     def _fork(self, child: _Child) -> None:
         supervisor = os.getpid()
-
         def work() -> int:
             signal.set_wakeup_fd(-1)
             for handle in (*self._held, self._life, self._ready):
@@ -4497,25 +4379,19 @@ def _has_terminal() -> bool:
         return True
     return False
 
-@dataclass(frozen=True)
-class Launch:
-    """How `worker start` was asked for."""
-    count: int
-    daemon: bool
-    pid_file: str  # empty: none
-    log_file: str
+def launch(crew: Crew, count: int, pid_file: str, log_file: str) -> int:
+    """Run the crew here or, given a log, as a daemon; the exit status."""
+    held = hold_pid_file(pid_file) if pid_file else -1
+    if log_file:
+        return _daemonize(crew, count, pid_file, log_file, held)
+    return _serve(crew, count, pid_file, held)
 
-def launch(crew: Crew, start: Launch) -> int:
-    """Run the crew here, or as a daemon; the exit status."""
-    held = hold_pid_file(start.pid_file) if start.pid_file else -1
-    return _daemonize(crew, start, held) if start.daemon else _serve(crew, start, held)
-
-def _serve(crew: Crew, start: Launch, held: int, ready_end: int = -1) -> int:
+def _serve(crew: Crew, count: int, pid_file: str, held: int,
+           ready_end: int = -1) -> int:
     if held >= 0:
         os.pwrite(held, f"{os.getpid()}\n".encode(), 0)
     served = f"queues {', '.join(crew.queues)}" if crew.queues else "all queues"
-    slots = f"{start.count} slot{'s' * (start.count > 1)}"
-
+    slots = f"{count} slot{'s' * (count > 1)}"
     def announce() -> None:
         crew.say(f"{slots} ready, serving {served} of {crew.target}")
         if ready_end >= 0:
@@ -4523,43 +4399,41 @@ def _serve(crew: Crew, start: Launch, held: int, ready_end: int = -1) -> int:
                 os.write(ready_end, b"+")
             os.close(ready_end)
     try:
-        return Supervisor(crew, start.count, [held] if held >= 0 else []).run(announce)
+        return Supervisor(crew, count, [held] if held >= 0 else []).run(announce)
     finally:
         crew.say("stopped")
         # Somebody may have removed it, and another daemon have made its own.
-        if held >= 0 and _same_file(held, start.pid_file):
+        if held >= 0 and _same_file(held, pid_file):
             with contextlib.suppress(OSError):
-                os.unlink(start.pid_file)
+                os.unlink(pid_file)
 
-def _daemonize(crew: Crew, start: Launch, held: int) -> int:
+def _daemonize(crew: Crew, count: int, pid_file: str, log_file: str, held: int) -> int:
     """Fork the daemon and wait until it is ready; if it dies first, print why."""
     read_end, write_end = os.pipe()
     try:
-        os.close(os.open(start.log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666))
+        os.close(os.open(log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666))
     except OSError as error:
-        raise Problem(f"cannot write the log {start.log_file}: {error.strerror}",
+        raise Problem(f"cannot write the log {log_file}: {error.strerror}",
                       "name another one: --log-file FILE") from None
-
     def serve() -> int:
         os.close(read_end)
         os.setsid()
         with open(os.devnull) as null:
             os.dup2(null.fileno(), 0)
-        say = Log(start.log_file).say
-        quiet = dataclasses.replace(crew, say=say, verbose=False)
-        return _serve(quiet, start, held, write_end)
+        quiet = dataclasses.replace(crew, say=Log(log_file).say, verbose=False)
+        return _serve(quiet, count, pid_file, held, write_end)
     pid = fork_child(serve, crew.say)
     os.close(write_end)
     os.close(held)
     ready, _, _ = select.select([read_end], [], [], READY_WAIT_S)
     if ready and os.read(read_end, 1):
-        print(f"worker daemon started: PID {pid} in {start.pid_file}, log in "
-              f"{start.log_file}", file=sys.stderr)
+        print(f"worker daemon started: PID {pid} in {pid_file}, log in {log_file}",
+              file=sys.stderr)
         return 0
     if not ready:
         send(pid, signal.SIGTERM)
-    raise Problem(f"the worker daemon did not get ready{_log_tail(start.log_file)}",
-                  f"see {start.log_file}", UNAVAILABLE)
+    raise Problem(f"the worker daemon did not get ready{_log_tail(log_file)}",
+                  f"see {log_file}", UNAVAILABLE)
 
 def _log_tail(path: str) -> str:
     with contextlib.suppress(OSError), open(path, errors="replace") as log:
@@ -4633,8 +4507,6 @@ SERVER_WAIT_S = 60.0
 
 def find_server() -> str:
     """The path of a mysqld or mariadbd on this machine; Problem if there is none."""
-    import shutil
-
     path = os.pathsep.join([os.environ.get("PATH", ""), *SERVER_FOLDERS])
     found = shutil.which("mysqld", path=path) or shutil.which("mariadbd", path=path)
     if not found:
@@ -4718,8 +4590,6 @@ class PrivateServer:
 
     def _install(self) -> None:
         """Make the data folder beside its place, then move it there whole."""
-        import shutil
-
         making = os.path.join(self.folder, "data.new")
         shutil.rmtree(making, ignore_errors=True)
         command = [self.program, "--no-defaults", "--initialize-insecure",
@@ -4802,8 +4672,6 @@ def put_json(document: Json) -> None:
 
 def put_output(pieces: Iterable[bytes]) -> None:
     """A job's output: raw on a pipe; on a terminal control characters are shown."""
-    import codecs
-
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
     text = "\n"
     for piece in pieces:
@@ -4821,7 +4689,6 @@ def columns_of(text: str) -> int:
     if text.isascii():
         return len(text)
     import unicodedata
-
     return sum(1 + (unicodedata.east_asian_width(char) in "WF")
                for char in text if not unicodedata.combining(char))
 
@@ -4869,7 +4736,6 @@ def put_table(titles: Sequence[str], rows: Iterable[Sequence[object]],
         del columns[at], widths[at]
     widths[-1] = min(widths[-1], max(room, last))
     top, sides, middle, bottom = _box()
-
     def rule(shape: str) -> str:
         inside = shape[2].join(shape[1] * (width + 2) for width in widths)
         return shape[0] + inside + shape[3]
@@ -4901,7 +4767,7 @@ TIMES_WORDS = ("never", "once", "twice", "three times", "four times", "five time
 
 def explain(desk: Office, job_id: str) -> tuple[View, str]:
     """A job, and the sentence; Problem if there is no such job."""
-    [now] = desk.database.rows(lambda now: now, "SELECT UTC_TIMESTAMP(6)")
+    [now] = desk.rows(lambda now: now, "SELECT UTC_TIMESTAMP(6)")
     found = desk.whole(job_id)
     return found.view, _Explanation(desk, found, now).sentence()
 
@@ -4928,7 +4794,7 @@ class _Explanation:
         return f"{view.state}{where}{took}, {ago}"
 
     def _rows(self, statement: str, *values: object) -> list[tuple[str, ...]]:
-        return self.desk.database.rows(lambda *row: row, statement, *values)
+        return self.desk.rows(lambda *row: row, statement, *values)
 
     def _ago(self, moment: Moment) -> str:
         return f"{self._since(moment)} ago"
@@ -4988,7 +4854,7 @@ class _Explanation:
 
     def _ahead(self) -> str:
         view = self.view
-        [count] = self.desk.database.rows(
+        [count] = self.desk.rows(
             int, "SELECT COUNT(*) FROM (SELECT 1 FROM jobs FORCE INDEX (jobs_claim) "
             "WHERE state = 'pending' AND queue = %s AND (claim_order < %s OR "
             f"(claim_order = %s AND seq < %s)) LIMIT {COUNTED_UP_TO}) AS ahead",
@@ -5002,7 +4868,7 @@ class _Explanation:
         limit = f", time limit {say_duration(view.timeout)}" if view.timeout else ""
         text = (f"runs on {self._host()} for {self._since(view.started_at)} "
                 f"({self._attempt(view.attempts)}{limit})")
-        for asked, beat_at, lease in self.desk.database.rows(
+        for asked, beat_at, lease in self.desk.rows(
                 lambda *row: row, "SELECT cancel_requested_at, heartbeat_at, lease "
                 "FROM jobs LEFT JOIN workers ON workers.id = worker WHERE seq = %s",
                 view.seq):
@@ -5035,9 +4901,9 @@ class _Explanation:
         return f"{what} {often}"
 
     def _dead(self) -> str:
-        view, times = self.view, 0
-        for run in self.job.history:
-            times += (run.reason, run.exit_code) == (view.reason, view.exit_code)
+        view = self.view
+        times = sum((run.reason, run.exit_code) == (view.reason, view.exit_code)
+                    for run in self.job.history)
         [(line,)] = self._rows("SELECT last_line FROM dlq WHERE seq = %s",
                                view.seq) or [("",)]
         if view.reason == Reason.DEPENDENCY:
@@ -5125,17 +4991,17 @@ def _check_server(one: Database) -> Iterator[Check]:
                 f"{supervisors} more", "raise max_connections")
 
 def _check_locks(one: Database, two: Database) -> Iterator[Check]:
-    row = "SELECT value FROM config WHERE `key` = 'schema_version' FOR UPDATE"
     def probe(cursor: Cursor) -> bool:
-        [version] = cursor.rows(str, row)
-        return not two.rows(str, f"{row} SKIP LOCKED") and bool(version)
+        [version] = cursor.rows(str, f"{SCHEMA_ROW} FOR UPDATE")
+        found = two.rows(str, f"{SCHEMA_ROW} FOR UPDATE SKIP LOCKED")
+        return not found and bool(version)
     try:
-        skipped = two.read(two.skip_locked) and one.transact(probe)
+        skipped = bool(two.read(two.skip_locked)) and one.transact(probe)
         yield Check("SKIP LOCKED", skipped, "a locked row is passed over" if skipped
                     else "it locks nothing here", "claims are right, only slower")
     except Problem as problem:
         yield Check("SKIP LOCKED", False, problem.what, problem.hint)
-    [version] = one.rows(str, row.replace("FOR UPDATE", ""))
+    [version] = one.rows(str, SCHEMA_ROW)
     yield Check("schema", True, f"schema {version.partition('/')[0]}, this program's "
                 f"{SCHEMA_VERSION}")
 
@@ -5158,8 +5024,7 @@ def _check_doorbell(one: Database, settings: Settings) -> Check:
     if settings.doorbell != "on":
         return Check("doorbell", True, "switched off: the poll finds the work")
     rung, name = threading.Event(), f"check-{secrets.token_hex(4)}"
-    bell = Doorbell(one.target, f"{name} -", rung.set)
-    bell.park()
+    Doorbell(one.target, f"{name} -", rung.set).park()
     until, started = time.monotonic() + 2, 0.0
     while not rung.is_set() and time.monotonic() < until:
         time.sleep(0.05)  # until it is parked
@@ -5197,8 +5062,6 @@ class Bench:
 
     def run(self) -> dict[str, Json]:
         """The figures; Problem where other workers would take the jobs."""
-        import shutil
-
         if not shutil.which("xargs"):
             raise Problem("xargs is not here, and the drain is to stand beside it",
                           "install findutils")
@@ -5220,8 +5083,7 @@ class Bench:
             database, ours = self.desk.database, "SELECT seq FROM jobs WHERE queue = %s"
             while seqs := database.rows(int, f"{ours} LIMIT 1000", self.name):
                 for table, column in (("runs", "job"), ("dlq", "seq"), ("jobs", "seq")):
-                    database.run(f"DELETE FROM {table} WHERE {column} IN "
-                                 f"({placeholders(seqs)})", *seqs)
+                    database.run(f"DELETE FROM {table} WHERE {column} IN %s", seqs)
 
     def _round(self) -> tuple[float, float, float]:
         """Jobs a second: enqueued, drained by `worker start`, and run by xargs."""
@@ -5274,7 +5136,7 @@ class Bench:
 
     def _used(self) -> tuple[int, float]:
         """Queries that the server has had, and CPU seconds that our worker has used."""
-        [questions] = self.desk.database.rows(
+        [questions] = self.desk.rows(
             lambda _, value: int(value), "SHOW GLOBAL STATUS LIKE 'Questions'")
         return questions, sum(cpu_seconds(int(str(worker["pid"])))
                               for worker in self.desk.workers()
@@ -5360,9 +5222,6 @@ JOB_OPTIONS = tuple(
         **({"action": "append"} if name in REPEATABLE else {"type": option(key.kind)}))
     for name, key in JOB_KEYS.items() if name != "command")
 
-def open_database(policy: Policy) -> Database:
-    return Database(find_target(Environment.read()), policy)
-
 def configured_by(environment: Environment, policy: Policy) -> Configured:
     """The settings in force, the stored ones read from the database."""
     with contextlib.closing(Database(find_target(environment), policy)) as database:
@@ -5371,13 +5230,12 @@ def configured_by(environment: Environment, policy: Policy) -> Configured:
 @contextlib.contextmanager
 def office(policy: Policy = READING) -> Iterator[Office]:
     """The queue as a person reaches it, with the settings in force."""
-    with contextlib.closing(open_database(policy)) as database:
-        configured = configure(Environment.read(), read_config(database))
-        yield Office(database, configured.settings)
+    environment = Environment.read()
+    with contextlib.closing(Database(find_target(environment), policy)) as database:
+        yield Office(database, configure(environment, read_config(database)).settings)
 
 def report(results: Iterable[Result], as_json: bool, desk: Office | None = None) -> int:
-    """Print what came of a verb on each job, and tell the workers of `desk`; 1 if one
-    failed."""
+    """Print what a verb did to each job, and tell `desk`'s workers; 1 if one failed."""
     status = 0
     for result in results:
         if as_json:
@@ -5417,7 +5275,8 @@ def enqueue_jobs(args: argparse.Namespace) -> None:
     """
     spool = _spool_jobs(args, _job_defaults(args))
     if len(spool):
-        with contextlib.closing(open_database(WRITING)) as database:
+        target = find_target(Environment.read())
+        with contextlib.closing(Database(target, WRITING)) as database:
             held = enqueue(database, spool, args.if_absent)
             ring(database, len(spool), spool.queues)
             if not args.quiet:
@@ -5491,9 +5350,8 @@ def _print_ids(database: Database, spool: Spool, args: argparse.Namespace,
 # -- workers
 
 @command(
-    "worker start",
-    arg("--count", type=option(whole(1, 1024)), default=1, metavar="N",
-        help="jobs at once (default 1)"),
+    "worker start", arg("--count", type=option(whole(1, 1024)), default=1, metavar="N",
+                        help="jobs at once (default 1)"),
     arg("--daemon", action="store_true", help="run in the background, with a PID file"),
     arg("--queue", action="append", metavar="A,B", help="serve these queues only"),
     arg("--drain", action="store_true", help="exit 0 once nothing is left to run"),
@@ -5527,9 +5385,8 @@ def worker_start(args: argparse.Namespace) -> int:
                 args.grace, sys.stderr.isatty(), Log().say)
     pid_file = args.pid_file or (_pid_file(environment) if args.daemon else "")
     log_file = args.log_file or os.path.join(os.path.dirname(pid_file), "workers.log")
-    return launch(crew, Launch(args.count, args.daemon,
-                               os.path.abspath(pid_file) if pid_file else "",
-                               os.path.abspath(log_file)))
+    return launch(crew, args.count, pid_file and os.path.abspath(pid_file),
+                  os.path.abspath(log_file) if args.daemon else "")
 
 def _pid_file(environment: Environment) -> str:
     return environment.get("PID_FILE") or VARIABLES["PID_FILE"].default
@@ -5552,7 +5409,6 @@ def _readable_dotenv(environment: Environment) -> list[str]:
 def worker_stop(args: argparse.Namespace) -> int:
     """Stop the daemon: its running jobs may end first."""
     environment = Environment.read()
-
     def waits_for(pid: int) -> str:
         policy = dataclasses.replace(READING, timeout_s=2)
         with contextlib.suppress(Problem), \
@@ -5593,8 +5449,7 @@ def _put_workers(rows: Sequence[dict[str, Json]]) -> None:
     PID_FILE, AS_JSON, examples=("status", "status --watch", "status --json"))
 def status(args: argparse.Namespace) -> None:
     """Count jobs by state, and show the daemon, queues and workers."""
-    environment = Environment.read()
-    path = args.pid_file or _pid_file(environment)
+    path = args.pid_file or _pid_file(Environment.read())
     with office() as desk:
         while True:
             if args.watch and sys.stdout.isatty() and not args.json:
@@ -5636,8 +5491,7 @@ def _put_status(desk: Office, path: str, args: argparse.Namespace) -> None:
             f"start one: queuectl worker start --queue {name}")
 
 @command(
-    "list",
-    arg("--state", metavar="S", help="only jobs in this state"),
+    "list", arg("--state", metavar="S", help="only jobs in this state"),
     arg("--queue", type=option(QUEUE_NAME), metavar="Q", help="only of this queue"),
     LIMIT, AS_JSON,
     examples=("list", "list --state failed", "list --state pending --queue etl --json"))
@@ -5692,7 +5546,7 @@ def show(args: argparse.Namespace) -> None:
     if args.json:
         put_json({**view.as_json(), "cwd": whole_job.cwd, "env": dict(whole_job.env),
                   "after": list(whole_job.after), "output": output,
-                  "history": [run.as_json() for run in history]})
+                  "history": [as_json(run, "run") for run in history]})
         return
     facts = {**view.as_json(), "attempts": f"{view.attempts}/{view.allowed}",
              "cwd": whole_job.cwd, "after": " ".join(whole_job.after),
@@ -5732,8 +5586,7 @@ def logs(args: argparse.Namespace) -> None:
             raise Problem(f"job {args.id} has no run {args.run} to show: {kept}",
                           f"see: queuectl show {args.id}")
         if args.follow:
-            first = args.run or max(runs, default=0)
-            put_output(desk.follow(args.id, first))
+            put_output(desk.follow(args.id, args.run or max(runs, default=0)))
         elif args.run:
             put_output([desk.output(whole_job.view.seq, args.run)])
         else:
@@ -5758,9 +5611,8 @@ def wait(args: argparse.Namespace) -> int:
     with office(WRITING) as desk:
         return report(desk.wait(ids, args.any, args.timeout), args.json)
 
-@command(
-    "run", COMMAND_OPTION, *JOB_OPTIONS,
-    examples=("run -- make test", "run -c 'make && make install' --queue build"))
+@command("run", COMMAND_OPTION, *JOB_OPTIONS,
+         examples=("run -- make test", "run -c 'make && make install' --queue build"))
 def run_here(args: argparse.Namespace) -> int:
     """Enqueue a command, show its output, leave with its status.
 
@@ -5774,26 +5626,23 @@ def run_here(args: argparse.Namespace) -> int:
     spool.add(check_job({"command": args.command or shlex.join(args.rest)}, given))
     with office(WRITING) as desk:
         enqueue(desk.database, spool, False)
-        cancelled = False
+        job_id, cancelled = spool.first_id, False
         try:
             ring(desk.database, 1, spool.queues)
-            put_output(desk.follow(spool.first_id, 0, functools.partial(
-                _say_why, desk, spool.first_id)))
+            put_output(desk.follow(job_id, 0, lambda: _whisper(
+                f"job {job_id} has not started: {explain(desk, job_id)[1]}")))
         except KeyboardInterrupt:
             cancelled = True
-            _whisper(f"cancelling job {spool.first_id}; again leaves it to its worker")
-            desk.cancel(spool.first_id)
+            _whisper(f"cancelling job {job_id}; again leaves it to its worker")
+            desk.cancel(job_id)
             ring(desk.database)
-            any(desk.wait([spool.first_id], False, math.inf))
-        view = desk.whole(spool.first_id).view
+            any(desk.wait([job_id], False, math.inf))
+        view = desk.whole(job_id).view
         if cancelled:
             return INTERRUPTED
         if view.state != State.COMPLETED and view.reason != Reason.EXIT:
-            _whisper(f"job {view.id}: {explain(desk, view.id)[1]}")
+            _whisper(f"job {job_id}: {explain(desk, job_id)[1]}")
         return CANNOT if view.exit_code is None else view.exit_code
-
-def _say_why(desk: Office, job_id: str) -> None:
-    _whisper(f"job {job_id} has not started: {explain(desk, job_id)[1]}")
 
 @command("explain", ID, AS_JSON, examples=("explain my-first-job",))
 def explain_job(args: argparse.Namespace) -> None:
@@ -5855,17 +5704,16 @@ def purge_jobs(args: argparse.Namespace) -> None:
                       "only what has ended can be purged", USAGE)
     state, before = State(args.state), AGE.read(args.before, "--before")
     with office(WRITING) as desk:
-        [age] = desk.database.rows("'{}'".format, f"SELECT {before}")  # as it is now
+        [age] = desk.rows("'{}'".format, f"SELECT {before}")  # as it is now
         if args.dry_run:
-            count = desk.count_where(ended_before(state, age))
+            count = desk.tally(f"jobs WHERE {ended_before(state, age)}")
         else:
             count = sum(iter(lambda: purge(desk.database, state, age), 0))
     put(f"{count:,} {args.state} jobs {'would be ' * args.dry_run}purged")
 
 @command(
-    "bench",
-    arg("--jobs", type=option(whole(10, 10**6)), default=5000, metavar="N",
-        help="jobs in each round (default 5000)"),
+    "bench", arg("--jobs", type=option(whole(10, 10**6)), default=5000, metavar="N",
+                 help="jobs in each round (default 5000)"),
     arg("--count", type=option(whole(1, 1024)), default=0, metavar="N",
         help="jobs at once (default 64 for each CPU)"),
     AS_JSON, examples=("bench", "bench --jobs 5000 --count 128 --json"))
@@ -5957,7 +5805,6 @@ def dlq_retry(args: argparse.Namespace) -> int:
             return report((Result(
                 one, one in found, found.get(one), no_such_job(one).what,
                 "would be put back") for one in ids), args.json)
-
         def revived() -> Iterator[Result]:
             for job_id in ids:
                 result = desk.revive(job_id, "revive", args.retries, args.reset)
@@ -5995,7 +5842,7 @@ def queue_limit(args: argparse.Namespace) -> None:
 def queue_pause(args: argparse.Namespace) -> None:
     """Start no more jobs of a queue; those that run go on."""
     with office(WRITING) as desk:
-        [now] = desk.database.rows(lambda now: now, "SELECT UTC_TIMESTAMP(6)")
+        [now] = desk.rows(lambda now: now, "SELECT UTC_TIMESTAMP(6)")
         desk.limit(args.name, "paused_at", now)
 
 @command("queue resume", QUEUE, examples=("queue resume video",))
@@ -6103,10 +5950,9 @@ def db_start(args: argparse.Namespace) -> None:
     """Start a private MySQL in ./.queuectl, where there is none."""
     target = find_target(Environment.read())
     if target.chosen:
-        raise Problem("a private server would not be used: "
-                      f"{target.source} names {target}",
-                      "remove what names it there (DB_HOST, DB_PORT, DB_SOCKET or "
-                      "DATABASE_URL), or use that server")
+        raise Problem(f"a private server would not be used: {target.source} names "
+                      f"{target}", "remove what names it there (DB_HOST, DB_PORT, "
+                      "DB_SOCKET or DATABASE_URL), or use that server")
     folder = find_private_folder() or PRIVATE_FOLDER
     server = PrivateServer(folder)
     done = "started" if server.start() else "runs already"
@@ -6170,11 +6016,10 @@ def _first_plain(words: Sequence[str]) -> str:
     return next((word for word in words if not word.startswith("-")), "")
 
 def parser_of(found: Command) -> Parser:
-    parser = Parser(
-        prog=f"queuectl {found.name}", allow_abbrev=False,
-        description=found.body.__doc__,
-        epilog="\n  queuectl ".join(["examples:", *found.examples]),
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=f"queuectl {found.name}", allow_abbrev=False,
+                    description=found.body.__doc__,
+                    epilog="\n  queuectl ".join(["examples:", *found.examples]),
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     for names, options in found.args:
         parser.add_argument(*names, **options)  # type: ignore[arg-type]
     return parser

@@ -4765,6 +4765,7 @@ class DeadLetters(WorkCase):
 
     def test_twenty_thousand_are_four_groups(self) -> None:
         lines = "no route to 10.0.%s.1", "step %s failed", "", "Killed"
+        self.sql("DELETE FROM dlq")
         rows = [
             (at, f"x{at}", kind, lines[kind].replace("%s", str(at)))
             for at in range(100_000, 120_000)
@@ -4776,7 +4777,6 @@ class DeadLetters(WorkCase):
                 "VALUES (%s, %s, %s, %s)",
                 rows,
             )
-        self.sql("DELETE FROM dlq WHERE id LIKE 'd%%'")
         found = list(
             map(json.loads, self.queuectl("dlq", "groups", "--json").splitlines())
         )
