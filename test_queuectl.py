@@ -714,8 +714,8 @@ class DesignTest(unittest.TestCase):
             ]
             self.assertLessEqual(len(taken), 5, one.name)
 
-    def test_the_file_stays_under_6200_lines_of_88_columns(self) -> None:
-        self.assertLess(len(self.lines), 6200)
+    def test_the_file_stays_under_6120_lines_of_88_columns(self) -> None:
+        self.assertLess(len(self.lines), 6120)
         for name in ("queuectl.py", "test_queuectl.py", "migrations.sql"):
             for at, line in enumerate(read_file(name).splitlines(), 1):
                 self.assertLessEqual(len(line), 88, f"{name}:{at}")
@@ -3156,6 +3156,7 @@ class Crashes(WorkCase):
     def test_a_worker_stopped_past_its_lease_changes_nothing_and_ends_its_run(
         self,
     ) -> None:
+        self.environment["QUEUECTL_WORKER_TIMEOUT"] = "2"
         late = "trap 'for i in 1 2 3 4 5 6 7; do echo late; sleep 0.1; done' TERM"
         job = self.put(
             BOOKED + f"if {FIRST}; then {late}; sleep 60; else sleep 2; echo new; fi"
@@ -3180,6 +3181,7 @@ class Crashes(WorkCase):
         self.wait_state(later, State.COMPLETED)
 
     def test_a_worker_stopped_between_claim_and_start_does_not_start(self) -> None:
+        self.environment["QUEUECTL_WORKER_TIMEOUT"] = "2"
         proxy = StoppingProxy(self.server.socket)
         self.addCleanup(proxy.close)
         old = self.worker(
@@ -3214,7 +3216,7 @@ class Crashes(WorkCase):
         began = time.monotonic()
         open(self.path("go"), "w").close()
         self.wait_until(
-            lambda: time.monotonic() - began > 6, "three leases have passed"
+            lambda: time.monotonic() - began > 4.5, "two leases have passed"
         )
         stranger.rollback()
         self.wait_state(held, State.COMPLETED)
@@ -3284,7 +3286,7 @@ class Crashes(WorkCase):
 class Outages(WorkCase):
     """A database that is away stops claiming, not running, and condemns nobody."""
 
-    black_hole_s = 6.0
+    black_hole_s = 4.0  # longer than the lease
 
     def setUp(self) -> None:
         super().setUp()
