@@ -2880,7 +2880,8 @@ class Upgrades(WorkCase):
         self.assertLess(len(self.lines("done")), 301)
         self.drain("--count", "8")
         self.assertEqual(self.counts(), {"completed": 301})
-        self.assertEqual(self.sql("SELECT DISTINCT attempts, runs FROM jobs"), [(1, 1)])
+        # One claimed by a worker that stops is handed back, not started.
+        self.assertEqual(self.sql("SELECT DISTINCT attempts FROM jobs"), [(1,)])
         self.assertEqual(len(self.lines("done")), 301)
         self.use(SCRIPT)
         for argv in (["list"], ["db", "init"], ["worker", "start"]):
