@@ -3186,7 +3186,9 @@ FIRST_FLUSH_S, NEXT_FLUSH_S = 0.05, 1.0
 STRAY_CHECK_S = 0.05
 FOLLOWED_LIMITS = 4
 OOM_SCORE_ADJ = 500
+HOST_IS_SHORT = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
 MARK = "QUEUECTL_RUN"  # <token>-<seq>: in the environment of all that a run starts
+MARKED = f"{MARK}=".encode()
 
 class Output:
     """The first and the last part of a stream, within `limit` bytes, the cut marked.
@@ -3277,6 +3279,7 @@ class Process:
         self.flush_at = math.inf
         self._flushed_bytes = 0
         self.failure = ""  # why it did not start
+        self._took: float | None = None  # seconds until the shell ended
         self.pid, self._started = 0, time.monotonic()
         self.check_at = self._started + job.timeout_s if job.timeout_s else math.inf
         self._kill_at = self._shown_at = math.inf
@@ -3287,6 +3290,8 @@ class Process:
             self.pid = self._spawn(write_end, launchpad)
         except (OSError, ValueError) as error:
             self.failure, self.gone = f"{error}, on {socket.gethostname()}", True
+            if isinstance(error, OSError) and error.errno in HOST_IS_SHORT:
+                self.cause = Reason.HANDED_BACK  # not the job's fault
         finally:
             if write_end >= 0:
                 os.close(write_end)
@@ -3344,43 +3349,47 @@ class Process:
                 self.flush_at, self.check_at = now, self._shown_at
         return now >= self._shown_at
 
-    def end(self, cause: Reason | None) -> None:
-        """Begin to end the run: TERM to its group. The first cause stands."""
+    def end(self, cause: Reason | None, survey: Survey) -> None:
+        """Begin to end the run: TERM to its group. The first cause stands, and the end
+        of a shell that ended by itself."""
         if self.gone:
             return
-        self.cause = self.cause or cause
+        if not self.ending or cause is Reason.LOST:
+            self.cause = self.cause or cause
         if self.ending:
             return
         self.ending, now = True, time.monotonic()
         self._kill_at = now + self.settings.kill_grace
         self.check_at = now + STRAY_CHECK_S
+        told = 0
         if self.status is None:
             # Not reaped yet, so the group's number cannot belong to anybody else.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGTERM)
-        _signal_strays(self.mark, self.pid, signal.SIGTERM)
+                told = self.pid  # twice means "now" to many programs
+        survey.signal(self.mark, self.pid, signal.SIGTERM, told)
 
     def hurry(self, now: float) -> None:
         """KILL after kill_grace from now, however long it was to take."""
         self._kill_at = min(self._kill_at, now + self.settings.kill_grace)
         self.check_at = min(self.check_at, self._kill_at)
 
-    def reaped(self, status: int) -> None:
+    def reaped(self, status: int, survey: Survey) -> None:
         """The shell ended: the run too, unless others of its group must go first."""
-        self.status = status
+        self.status, self._took = status, time.monotonic() - self._started
         if self.ending:
             self.check_at = 0.0
         elif status and _exists(-self.pid):
-            self.end(None)
+            self.end(None, survey)
         else:
             self.gone = True
 
-    def tick(self, now: float) -> None:
+    def tick(self, now: float, survey: Survey) -> None:
         """Act on the time limit, or bring the end a step further."""
         if self.gone or now < self.check_at:
             return
         if not self.ending:
-            self.end(Reason.TIMEOUT)
+            self.end(Reason.TIMEOUT, survey)
             return
         number = signal.SIGKILL if now >= self._kill_at else 0
         if self.status is None:
@@ -3391,24 +3400,24 @@ class Process:
                 os.killpg(self.pid, number)
             except PermissionError:
                 self.survivor, self.gone = self.pid, True
-        left, refused = _signal_strays(self.mark, self.pid, number)
+        left, refused = survey.signal(self.mark, self.pid, number)
         self.survivor = self.survivor or refused
         self.gone = self.gone or (self.status is not None and not left)
         self.check_at = now + STRAY_CHECK_S
 
     def outcome(self) -> End:
         """How the run ended; asked once it is gone."""
-        took = time.monotonic() - self._started
         reason, code, detail = self._judge()
         if self.survivor:
             detail += f"; process {self.survivor} refused the signal and goes on"
+        took = time.monotonic() - self._started if self._took is None else self._took
         return End(reason, code, detail.lstrip("; "), took, self.output.kept(),
                    self.output.total)
 
     def _judge(self) -> tuple[Reason, int | None, str]:
         status, job = self.status, self.job
         if self.failure:
-            return Reason.SPAWN, None, self.failure
+            return self.cause or Reason.SPAWN, None, self.failure
         if self.cause is Reason.TIMEOUT:
             limit = f"{say_duration(job.timeout_s)} ({job.timeout_name})"
             if "setting" in job.timeout_name:
@@ -3507,42 +3516,65 @@ def cpu_seconds(pid: int) -> float:
         return sum(map(int, _stat(pid)[11:13])) / os.sysconf("SC_CLK_TCK")
     return 0.0
 
-def _see(pid: int, wanted: bytes) -> tuple[int, bool] | None:
-    """A living process's session, and whether it carries the mark `wanted`."""
+class Seen(NamedTuple):
+    """A living process: its group, its session, and the mark that it carries."""
+    group: int
+    session: int
+    mark: bytes
+
+def _see(pid: int) -> Seen | None:
+    """What /proc says of a process; None if it has ended."""
     try:
-        session, marked = int(_stat(pid)[3]), False
+        group, session = map(int, _stat(pid)[2:4])
+        marks: list[bytes] = []
         with contextlib.suppress(PermissionError), \
                 open(f"/proc/{pid}/environ", "rb") as file:
-            marked = wanted in file.read().split(b"\0")
-        return session, marked
+            marks = [one for one in file.read().split(b"\0") if one.startswith(MARKED)]
+        return Seen(group, session, marks[0] if marks else b"")
     except OSError:
         return None
 
-def _signal_strays(mark: str, session: int, number: int) -> tuple[int, int]:
-    """Signal what is left of a run (0: only look): its session, what carries its mark,
-    and the sessions of that. How many were left, and one that refused (0: none)."""
-    wanted = f"{MARK}={mark}".encode()
-    pids: list[int] = []
-    with contextlib.suppress(OSError):  # no /proc here: groups alone are ended
-        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    seen = {pid: one for pid in pids if (one := _see(pid, wanted))}
-    sessions = {its_own for its_own, marked in seen.values() if marked} | {session}
-    sessions -= {0, os.getsid(0)}
-    left = refused = 0
-    for pid, (its_own, marked) in seen.items():
-        if pid == os.getpid() or not (marked or its_own in sessions):
-            continue
-        with contextlib.suppress(ProcessLookupError), pinned(pid) as handle:
-            # The number may have passed to a stranger since: look again, then signal.
-            its_own, marked = _see(pid, wanted) or (-1, False)
-            if marked or its_own in sessions:
-                left += 1
-                try:
-                    if number:
+class Survey:
+    """Who lives: one pass over /proc, made when first asked, for all runs that are to
+    end together; a pass for each would keep many runs past their kill_grace."""
+    def __init__(self) -> None:
+        self._by_session: dict[int, set[int]] = {}
+        self._by_mark: dict[bytes, set[int]] = {}
+
+    @functools.cached_property
+    def _seen(self) -> dict[int, Seen]:
+        pids: list[int] = []
+        with contextlib.suppress(OSError):  # no /proc here: groups alone are ended
+            pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        seen = {pid: one for pid in pids if pid != os.getpid() and (one := _see(pid))}
+        for pid, one in seen.items():
+            self._by_session.setdefault(one.session, set()).add(pid)
+            self._by_mark.setdefault(one.mark, set()).add(pid)
+        return seen
+
+    def signal(self, mark: str, session: int, number: int,
+               but_group: int = 0) -> tuple[int, int]:
+        """Signal what is left of a run (0: only look): its session, what carries its
+        mark, and the sessions of that. How many were left, and one that refused (0:
+        none). A group that has had this signal already is passed over."""
+        seen, wanted = self._seen, MARKED + mark.encode()
+        marked = self._by_mark.get(wanted, set())
+        sessions = {session, *(seen[pid].session for pid in marked)}
+        sessions -= {0, os.getsid(0)}
+        there = marked.union(*(self._by_session.get(one, ()) for one in sessions))
+        left = len(there)
+        refused = 0
+        for pid in there if number else ():
+            with contextlib.suppress(ProcessLookupError), pinned(pid) as handle:
+                # The number may have passed to a stranger since: look again.
+                now = _see(pid)
+                if now and now.group != (but_group or -1) \
+                        and (now.mark == wanted or now.session in sessions):
+                    try:
                         send(pid, number, handle)
-                except Problem:  # it belongs to another user
-                    left, refused = left - 1, pid
-    return left, refused
+                    except Problem:  # it belongs to another user
+                        left, refused = left - 1, pid
+        return left, refused
 
 def holds(pid: int, path: str) -> bool:
     """Whether a process has this file open; True where that cannot be seen."""
@@ -3561,7 +3593,8 @@ def end_marked(marks: Sequence[str], grace_s: float) -> None:
     kill_at = time.monotonic() + grace_s
     number = int(signal.SIGTERM)
     while marks:
-        marks = [mark for mark in marks if _signal_strays(mark, 0, number)[0]]
+        survey = Survey()
+        marks = [mark for mark in marks if survey.signal(mark, 0, number)[0]]
         number = signal.SIGKILL if time.monotonic() >= kill_at else 0
         if marks:
             time.sleep(STRAY_CHECK_S)
@@ -3592,7 +3625,7 @@ def is_gone(pid: int, identity: str) -> bool:
 
 RESULTS_WAIT_S, NOTHING_TO_SETTLE_WAIT_S = 30.0, 5.0
 FORCED_WAIT_S, ORPHANED_WAIT_S = 0.5, 1.0
-LOOK_WHEN_DRAINING_S = 0.2
+LOOK_WHEN_DRAINING_S, SHORT_PAUSE_S = 0.2, 1.0
 STARTED_AT_ONCE = 4  # then the loop looks at what else has happened
 RELAXED = 1.5  # how much longer than poll_interval a look may wait for the doorbell
 PARKING_S = 0.005  # how long a sleep takes until others can find it
@@ -3604,7 +3637,7 @@ HANDLED = (signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT,
 class Ledger:
     """The worker's id and the marks of its runs, in memory shared with the supervisor,
     which must know what to end when the worker is killed."""
-    CELL = 64  # bytes; the id, whether the worker opened, then a mark for each slot
+    CELL = 64  # bytes; the id, kill_grace once it opened, then a mark for each slot
 
     def __init__(self, slots: int) -> None:
         self._memory = mmap.mmap(-1, self.CELL * (slots + 2))
@@ -3613,9 +3646,10 @@ class Ledger:
     def sign(self, worker: str) -> None:
         self._write(0, worker)
 
-    def open(self) -> None:
-        """What was inherited is written off: only our own runs matter from now on."""
-        self._write(1, "open")
+    def open(self, kill_grace: float) -> None:
+        """What was inherited is written off: only our own runs matter from now on. So
+        long each takes at most to end."""
+        self._write(1, str(kill_grace))
 
     def note(self, mark: str) -> None:
         self._write(self._free.pop(), mark)
@@ -3626,11 +3660,12 @@ class Ledger:
         self._write(cell, "")
         self._free.append(cell)
 
-    def read(self) -> tuple[str, bool, list[str]]:
-        """The worker's id, whether it opened, and the marks of its runs."""
+    def read(self) -> tuple[str, float | None, list[str]]:
+        """The worker's id, its kill_grace if it opened, and the marks of its runs."""
         worker, opened, *marks = [self._memory[at:at + self.CELL].rstrip(b"\0").decode()
                                   for at in range(0, len(self._memory), self.CELL)]
-        return worker, bool(opened), [mark for mark in marks if mark]
+        grace_s = float(opened) if opened else None
+        return worker, grace_s, [mark for mark in marks if mark]
 
     def _write(self, cell: int, text: str) -> None:
         at, size = cell * self.CELL, self.CELL
@@ -3701,6 +3736,16 @@ def catch_signals() -> tuple[int, int]:
     signal.set_wakeup_fd(ends[1], warn_on_full_buffer=False)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     return ends
+
+def reread(say: Callable[[str], None]) -> Environment | None:
+    """The environment and `.env` as they are now; None, and said, if they are wrong."""
+    try:
+        environment = Environment.read()
+        configure(environment, {})
+        return environment
+    except Problem as problem:
+        say(f"{problem.what}; settings are kept as they were")
+        return None
 
 class Worker:
     """The loop of one worker process."""
@@ -3796,8 +3841,8 @@ class Worker:
         desk.end_orphans = self._end_orphans
         return desk
 
-    def _open(self) -> list[str]:
-        """Write off what dead workers of this host left behind, then enter our row."""
+    def _open(self) -> tuple[list[str], Configured]:
+        """Write off what dead workers of this host left behind, then enter."""
         notes = []
         for worker, marks in self.post.inherited:
             end_marked(marks, self.settings.kill_grace)
@@ -3806,8 +3851,12 @@ class Worker:
         for gone in self._end_orphans():
             taken = self._desk.take_over(gone, -1)
             notes.append(f"worker {gone} here is gone; {taken} runs taken over")
+        return self._enter(notes)
+
+    def _enter(self, notes: list[str]) -> tuple[list[str], Configured]:
+        """Enter our row; the settings may be others than when our supervisor began."""
         self._desk.register()
-        return notes
+        return notes, configure(self.environment, read_config(self._desk.database))
 
     def _end_orphans(self) -> list[str]:
         """End what dead processes of this host left running; their workers."""
@@ -3860,13 +3909,22 @@ class Worker:
         patience = RELAXED if settings.doorbell == "on" else 1.0
         return min(settings.poll_interval * patience, settings.heartbeat)
 
-    def _on_opened(self, notes: Sequence[str] | None) -> None:
-        for note in notes or ():
+    def _on_opened(self, opened: tuple[list[str], Configured]) -> None:
+        notes, configured = opened
+        for note in notes:
             self.crew.say(note)
         self.opened = True
-        self.post.ledger.open()
+        self._take_settings(configured)
         with contextlib.suppress(OSError):  # nobody waits for it any more
             os.write(self.post.ready, b"+")
+
+    def _take_settings(self, configured: Configured) -> None:
+        for complaint in configured.complaints:
+            self.crew.say(complaint)
+        self.settings = self._desk.settings = configured.settings
+        self.post.ledger.open(self.settings.kill_grace)
+        for process in self.processes.values():
+            process.settings = configured.settings  # one kill_grace for all of us
 
     def _retire(self) -> None:
         self._desk.retire()
@@ -3925,9 +3983,10 @@ class Worker:
             self.next_look = min(self.next_look, time.monotonic() + PARKING_S)
 
     def _on_look(self, look: Look) -> None:
+        survey = Survey()
         for process in self.processes.values():
             if look.runs.get(process.key):
-                process.end(Reason.CANCELLED)
+                process.end(Reason.CANCELLED, survey)
         neighbours, others = self.post.neighbours, {*range(len(self.post.neighbours))}
         others.discard(self.post.number)
         if look.drained or (look.others_cancelled and not self.post.number):
@@ -3944,11 +4003,7 @@ class Worker:
                 self._stop()
             return
         if configured.settings != self.settings:
-            for complaint in configured.complaints:
-                self.crew.say(complaint)
-            self.settings = self._desk.settings = configured.settings
-            for process in self.processes.values():
-                process.settings = configured.settings  # one kill_grace for all of us
+            self._take_settings(configured)
         if look.drained and not self.busy and not self.ended:
             self._stop()
 
@@ -3967,7 +4022,7 @@ class Worker:
         self.opened = False
         self._desk.database.close()
         self._desk = self._new_desk()
-        self._request(self._desk.register, self._on_opened)
+        self._request(lambda: self._enter([]), self._on_opened)
 
     # -- the processes' side
 
@@ -3984,6 +4039,8 @@ class Worker:
         self.post.ledger.note(f"{job.held.token}-{job.held.seq}")
         process = Process(job, self.settings, self._launchpad)
         if process.gone:
+            if process.cause:  # the host is short of something: not at once again
+                self.hold_until = time.monotonic() + SHORT_PAUSE_S
             self._settle(process)
             return
         self.processes[process.pid] = process
@@ -4001,19 +4058,20 @@ class Worker:
             process.close_pipe()
 
     def _reap(self) -> None:
+        survey = Survey()
         for pid, status in reap():
             process = self.processes.get(pid)
             if process:  # another is an orphan that we adopted
                 self._hang_up(process)
-                process.reaped(status)
+                process.reaped(status, survey)
 
     def _tick(self) -> None:
-        now = time.monotonic()
-        if now >= self.grace_at and not self.forced:
+        now, survey = time.monotonic(), Survey()
+        if now >= self.grace_at:
             self.grace_at = math.inf
             self._end_all(Reason.HANDED_BACK)
         for process in list(self.processes.values()):
-            process.tick(now)
+            process.tick(now, survey)
             if process.gone and process.shown(now):
                 del self.processes[process.pid]
                 self._settle(process)
@@ -4057,11 +4115,8 @@ class Worker:
         self._stop_now(ORPHANED_WAIT_S)
 
     def _reread(self) -> None:
-        try:
-            self.environment = Environment.read()
-            self.next_look = 0.0
-        except Problem as problem:
-            self.crew.say(f"{problem.what}; settings are kept as they were")
+        self.environment = reread(self.crew.say) or self.environment
+        self.next_look = 0.0
 
     def _stop(self) -> None:
         """Claim nothing more; let what runs end."""
@@ -4075,14 +4130,16 @@ class Worker:
     def _stop_now(self, wait_s: float) -> None:
         """End what runs, hand it back, and be gone soon, with or without a database."""
         self._stop()
+        self.grace_at = math.inf
         if not self.forced:
             self.forced = True
             self._end_all(Reason.HANDED_BACK)
             self.give_up_at = time.monotonic() + self.settings.kill_grace + wait_s
 
     def _end_all(self, cause: Reason) -> None:
+        survey = Survey()
         for process in self.processes.values():
-            process.end(cause)
+            process.end(cause, survey)
             process.hurry(time.monotonic())
 
     def _finished(self) -> bool:
@@ -4159,12 +4216,13 @@ class Log:
         os.close(handle)
 
     def _turn_over(self) -> None:
-        """Rename a full file, or follow when another process has. All share the file,
-        so the one that holds its lock decides."""
+        """Rename a full file, or follow when another process has. Whoever gets its
+        lock decides: by an own descriptor, for forks share one, and its lock."""
         if os.fstat(2).st_size > LOG_BYTES_MAX:
-            fcntl.flock(2, fcntl.LOCK_EX)
-            if _same_file(2, self.path):
-                os.rename(self.path, self.path + ".1")
+            with open(self.path, "ab") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _same_file(2, self.path):
+                    os.rename(self.path, self.path + ".1")
         if not _same_file(2, self.path):
             self._open()
 
@@ -4258,7 +4316,9 @@ class Supervisor:
         self.status = 0
         self._held = held  # descriptors that only the supervisor may have
         self._kill_at = math.inf
-        self._on_terminal = _has_terminal()  # asked now: it is gone when it hangs up
+        # Asked now: the terminal is gone when it hangs up. nohup has it ignored.
+        self._on_terminal = _has_terminal() and \
+            signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
         processes = min(count, os.cpu_count() or 1)
         shares = [len(range(at, count, processes)) for at in range(processes)]
         self._children = [_Child(slots, Ledger(slots)) for slots in shares]
@@ -4288,6 +4348,7 @@ class Supervisor:
                 self._kill_at = math.inf
                 self._signal(signal.SIGKILL)
             if self.stopping and not any(child.pid for child in self._children):
+                self._end_inherited()
                 return 128 + self.stop_signal if self.stop_signal else self.status
 
     def _spawn_missing(self) -> float | None:
@@ -4337,14 +4398,14 @@ class Supervisor:
             if all(one.spawn_at == math.inf and not one.pid for one in self._children):
                 self.stopping = True
             return
-        worker, opened, marks = child.ledger.read()
+        worker, grace_s, marks = child.ledger.read()
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
         self.crew.say(f"worker process of {worker or 'an unknown worker'} ended: {how}")
         if self.stopping:
-            end_marked(marks, self.crew.settings.kill_grace)
+            end_marked(marks, self._kill_grace())
             self.status = 1
             return
-        earlier = () if opened else child.inherited
+        earlier = () if grace_s is not None else child.inherited
         child.inherited = (*earlier, (worker, tuple(marks))) if worker else earlier
         child.ledger = Ledger(child.slots)
         now = time.monotonic()
@@ -4353,10 +4414,26 @@ class Supervisor:
         child.spawn_at = now + child.pause_s
         child.pause_s = min(2 * child.pause_s, RESPAWN_PAUSE_MAX_S)
 
+    def _kill_grace(self) -> float:
+        """As the workers have it, which may have learnt of another."""
+        return max(self.crew.settings.kill_grace,
+                   *(child.ledger.read()[1] or 0.0 for child in self._children))
+
+    def _end_inherited(self) -> None:
+        """End what dead workers left running, where nobody came after them."""
+        left = [mark for child in self._children if child.ledger.read()[1] is None
+                for _, marks in child.inherited for mark in marks]
+        if left:
+            end_marked(left, self._kill_grace())
+            self.status = 1
+
     def _obey(self, number: int) -> None:
         if number == signal.SIGHUP and not self._on_terminal:
             self.crew.say("SIGHUP: reading the settings again")
-            self._signal(signal.SIGHUP)
+            environment = reread(self.crew.say)
+            if environment:
+                self.crew = dataclasses.replace(self.crew, environment=environment)
+                self._signal(signal.SIGHUP)
         elif number in STOPS and not self.stopping:
             self.stopping = True
             self.crew.say("stopping: running jobs may end; once more ends them now")
@@ -4365,7 +4442,7 @@ class Supervisor:
             self.stop_signal = number
             self.crew.say("stopping now: running jobs are ended and handed back")
             self._signal(NOW)
-            self._kill_at = time.monotonic() + self.crew.settings.kill_grace + 3
+            self._kill_at = time.monotonic() + self._kill_grace() + 3
 
     def _signal(self, number: int) -> None:
         for child in self._children:

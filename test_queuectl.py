@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import functools
 import io
 import json
 import os
@@ -445,6 +446,16 @@ class WorkCase(QueueCase):
             lambda: len(self.lines(name)) >= count, f"{count} lines in {name}", timeout
         )
         return self.lines(name)
+
+    def stop_now(self, worker: Background) -> None:
+        """Ask twice."""
+        for said in ("once more", "ended and handed back"):
+            worker.signal(signal.SIGTERM)
+            self.wait_until(functools.partial(self.has_said, worker, said), said)
+
+    @staticmethod
+    def has_said(worker: Background, text: str) -> bool:
+        return text in worker.said()
 
     def wait_beats(self, count: int) -> None:
         """Until every worker has looked around so many times more."""
@@ -2940,6 +2951,127 @@ class Upgrades(WorkCase):
 class Steering(WorkCase):
     """Stop, grace, cancel, drain, and settings that change while workers run."""
 
+    def test_a_job_is_told_once_that_it_is_to_end(self) -> None:
+        job = self.put("trap 'echo >> told' TERM; echo > on; while :; do :; done")
+        self.worker()
+        self.wait_lines("on", 1)
+        self.queuectl("cancel", job)
+        self.wait_state(job, State.CANCELLED)
+        self.assertEqual(len(self.lines("told")), 1)
+
+    def test_a_run_that_failed_is_not_handed_back_for_what_it_left_behind(self) -> None:
+        job = self.put(
+            "(trap '' TERM; echo $$ > left; sleep 60)& sleep 0.3; exit 3", max_retries=0
+        )
+        worker = self.worker(QUEUECTL_KILL_GRACE="3")
+        self.wait_lines("left", 1)
+        shell = int(self.lines("left")[0])
+        self.wait_until(lambda: not alive(shell), "the shell has failed")
+        self.stop_now(worker)
+        [process] = worker.children()
+        used = queuectl.cpu_seconds(process)
+        worker.wait()
+        self.assertEqual(self.job(job, "state", "attempts"), ("dead", 1))
+        [(reason, code, duration)] = self.runs(job, "reason", "exit_code", "duration")
+        self.assertEqual((reason, code), ("exit", 3))
+        self.assertLess(float(str(duration)), 2)
+        self.assertLess(used, 5)
+
+    def test_a_forced_stop_waits_without_spinning(self) -> None:
+        self.put("trap '' TERM; echo > on; sleep 60; sleep 60")
+        worker = self.worker("--grace", "0.5", QUEUECTL_KILL_GRACE="3")
+        self.wait_lines("on", 1)
+        self.stop_now(worker)
+        [process] = worker.children()
+        began, used = time.monotonic(), queuectl.cpu_seconds(process)
+        self.wait_until(lambda: time.monotonic() - began > 2, "the grace is over")
+        self.assertLess(queuectl.cpu_seconds(process) - used, 0.5)
+
+    def test_a_kill_grace_that_was_raised_holds_in_a_forced_stop(self) -> None:
+        del self.environment["QUEUECTL_KILL_GRACE"]
+        self.queuectl("config", "set", "kill_grace", "0")
+        job = self.put("trap 'sleep 4; echo >> done; exit' TERM; echo > on; sleep 60")
+        worker = self.worker()
+        self.wait_lines("on", 1)
+        self.queuectl("config", "set", "kill_grace", "20")
+        self.wait_beats(3)
+        self.stop_now(worker)
+        self.assertEqual(worker.wait(), 128 + signal.SIGTERM)
+        self.assertEqual(len(self.lines("done")), 1)
+        self.assert_state(job, State.PENDING)
+
+    def test_a_bad_env_file_is_refused_and_a_good_one_holds_for_later_workers(
+        self,
+    ) -> None:
+        def write(text: str) -> None:
+            with open(self.path(".env"), "w") as file:
+                file.write(f"QUEUECTL_JOB_TIMEOUT={text}\n")
+            worker.signal(signal.SIGHUP)
+
+        worker = self.worker()
+        write("5 sec")
+        self.wait_until(lambda: "kept as they were" in worker.said(), "it says so")
+        self.wait_state(self.put("true"), State.COMPLETED)
+        write("0.3")
+        self.wait_until(lambda: worker.said().count("SIGHUP") == 2, "it has heard")
+        os.kill(worker.children()[0], signal.SIGKILL)
+        late = self.put("sleep 60", max_retries=0)
+        self.wait_state(late, State.DEAD)
+        self.assertEqual(self.reasons(late), ["timeout"])
+
+    def test_a_host_that_is_short_of_descriptors_buries_no_job(self) -> None:
+        self.put_many(60, "sleep 0.2", max_retries=0)
+        limit = ("sh", "-c", 'ulimit -n 40; exec "$@"', "sh")
+        self.worker_under(*limit, count=80)
+        self.wait_ended(60)
+
+    @unittest.skipUnless(shutil.which("setsid"), "needs util-linux")
+    def test_under_nohup_a_worker_outlives_its_terminal(self) -> None:
+        try:
+            here, there = pty.openpty()
+        except OSError as error:
+            self.skipTest(f"no terminal to be had: {error}")
+        argv = ["setsid", "--ctty", "nohup", sys.executable, SCRIPT, "worker", "start"]
+        with open(self.path("said"), "wb") as said:
+            process = subprocess.Popen(
+                argv,
+                stdin=there,
+                stdout=said,
+                stderr=said,
+                cwd=self.folder,
+                env=self.environment,
+            )
+        os.close(there)
+        self.wait_until(
+            lambda: any("ready" in line for line in self.lines("said")), "it is ready"
+        )
+        os.close(here)  # the terminal hangs up
+        self.wait_until(
+            lambda: any("SIGHUP" in line for line in self.lines("said")), "it has heard"
+        )
+        self.wait_state(self.put("true"), State.COMPLETED)
+        process.kill()
+        process.wait()
+
+    def test_a_log_that_cannot_be_turned_over_stops_nobody(self) -> None:
+        os.mkdir(self.path("w.log.1"))
+        with open(self.path("w.log"), "wb") as log:
+            log.truncate(queuectl.LOG_BYTES_MAX + 1)
+        text = "import sys; sys.path[0] = sys.argv[1]; import queuectl; "
+        text += "queuectl.Log(sys.argv[2]).say('here'); sys.stdin.read()"
+        argv = [sys.executable, "-B", "-c", text, HERE, self.path("w.log")]
+        with (
+            subprocess.Popen(argv, stdin=subprocess.PIPE) as one,
+            subprocess.Popen(argv, stdin=subprocess.PIPE) as two,
+        ):
+            self.wait_until(
+                lambda: "".join(self.lines("w.log")).count("here") == 2,
+                "both write",
+                10,
+            )
+            for process in (one, two):
+                process.communicate()
+
     def test_stop_lets_a_running_job_end(self) -> None:
         job = self.put("echo > started; sleep 1; echo ended")
         later = self.put("true")
@@ -3070,6 +3202,30 @@ class Crashes(WorkCase):
         self.assertEqual(drain.wait(), 0, drain.said())
         self.assertIn("doesn't have a default value", drain.said())
         self.assertEqual(self.reasons(job), ["exit"])
+
+    def test_a_stop_before_a_dead_worker_is_replaced_leaves_nothing_running(
+        self,
+    ) -> None:
+        job = self.put(BOOKED + f"if {FIRST}; then sleep 60; fi")
+        worker = self.worker()
+        self.wait_lines("starts", 1)
+        [victim] = worker.children()
+        os.kill(victim, signal.SIGKILL)
+        self.wait_until(lambda: "ended: signal 9" in worker.said(), "it has seen that")
+        worker.signal(signal.SIGTERM)
+        self.assertEqual(worker.wait(), 1, worker.said())
+        self.assertEqual(self.living(), [])
+        self.drain()  # it knows at once that the other is gone
+        self.assertEqual(self.reasons(job)[0], "lost")
+
+    def test_a_forced_stop_of_hundreds_of_runs_hands_all_of_them_back(self) -> None:
+        self.put_many(500, "sleep 301 | cat; echo x", timeout=0)
+        worker = self.worker("--count", "500")
+        self.wait_until(lambda: len(self.living()) > 1500, "all of them run")
+        self.stop_now(worker)
+        self.assertEqual(worker.wait(), 128 + signal.SIGTERM)
+        self.assertEqual(self.counts(), {"pending": 500})
+        self.assertEqual(self.living(), [])
 
     def test_jobs_of_a_killed_worker_process_run_again_within_two_seconds(self) -> None:
         ids = [self.put(BOOKED + "sleep 2") for _ in range(4)]
