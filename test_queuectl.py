@@ -386,6 +386,16 @@ class WorkCase(QueueCase):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
+    def disk(self, size: str) -> str:
+        """The path of a disk of its own, of this size."""
+        path = self.path("disk")
+        os.mkdir(path)
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            self.skipTest("cannot mount")
+        self.addCleanup(subprocess.run, ["umount", "-l", path], check=False)
+        return path
+
     def reach(self, **variables: str) -> queuectl.Database:
         """The program's own way into the database."""
         environment = {**self.environment, **variables}
@@ -3495,12 +3505,7 @@ class Outages(WorkCase):
     @slow
     @unittest.skipUnless(os.geteuid() == 0, "needs the right to mount")
     def test_a_full_disk_under_the_server_is_an_outage_that_loses_nothing(self) -> None:
-        disk = self.path("disk")
-        os.mkdir(disk)
-        mount = ["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", disk]
-        if subprocess.run(mount, capture_output=True, check=False).returncode:
-            self.skipTest("cannot mount")
-        self.addCleanup(subprocess.run, ["umount", "-l", disk], check=False)
+        disk = self.disk("1g")
         server = queuectl.PrivateServer(f"{disk}/server", self.server.program)
         server.start()
         self.addCleanup(server.stop)
@@ -5505,12 +5510,7 @@ class CommandsTest(WorkCase):
 
     @unittest.skipUnless(os.geteuid() == 0, "needs the right to mount")
     def test_a_full_disk_under_log_and_pid_file_is_said_and_stops_no_work(self) -> None:
-        full = self.path("full")
-        os.mkdir(full)
-        mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", full]
-        if subprocess.run(mount, capture_output=True, check=False).returncode:
-            self.skipTest("cannot mount")
-        self.addCleanup(subprocess.run, ["umount", "-l", full], check=False)
+        full = self.disk("16k")
         with contextlib.suppress(OSError), open(f"{full}/fill", "wb", 0) as file:
             while file.write(b"0" * 1024):
                 pass
