@@ -57,6 +57,7 @@ import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -100,6 +101,14 @@ def excerpt(value: object, limit: int = 60) -> str:
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     text = text.encode("unicode_escape", "backslashreplace").decode("ascii")
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+def absolute(path: str) -> str:
+    """The path from the root on; Problem where the working directory was deleted."""
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:
+        raise Problem(f"the working directory is gone: no {excerpt(path)} from here",
+                      "cd to a directory that is there, and try again") from None
 
 ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 ESCAPES.update({ord("\n"): "\\n", ord("\t"): "\\t", ord("\r"): "\\r"})
@@ -317,7 +326,10 @@ class Environment(NamedTuple):
         """The process's own variables, then ./.env, then the one beside the script."""
         beside = os.path.join(os.path.dirname(os.path.realpath(__file__)), ".env")
         files = [("./.env", read_dotenv(".env"))]
-        if os.path.realpath(".env") != beside:
+        same = False
+        with contextlib.suppress(OSError):  # one is missing, or this directory is gone
+            same = os.path.samefile(".env", beside)
+        if not same:
             files.append((beside, read_dotenv(beside)))
         return cls((("environment", dict(os.environ)), *files))
 
@@ -898,23 +910,33 @@ class Trouble(enum.Enum):
     BUG = "ours"
 
 BINLOG_NEEDS_REPEATABLE_READ = 1665
+LOCK_WAIT_TIMEOUT = 1205
 QUERY_KILLED = 1317
+# A cluster that did not take a COMMIT, or does not let a transaction begin: a node that
+# is not ready (1047), a replication hook that failed (3100), a new primary that is
+# still behind (3781 to 3783), a member that waits in vain or leaves (3797 to 3799).
+REFUSED_BY_CLUSTER = {1047, 3100, 3781, 3782, 3783, 3797, 3798, 3799}
 CODES = {
-    Trouble.REPEAT: {1205, 1213, 1020, 1180, 1206, 1412, 1969, 3024, 3101, 3572},
+    Trouble.REPEAT: {LOCK_WAIT_TIMEOUT, 1213, 1020, 1180, 1206, 1412, 1622, 1969, 3024,
+                     3101, 3572},
     Trouble.RECONNECT: {*range(100),  # of its files (3: a full disk), and PyMySQL's 0
                         2002, 2003, 2006, 2013, 2055, 1053, 1079, 1152, 1158, 1159,
-                        1160, 1161, 1184, 1317, 1927, 4031,
-                        BINLOG_NEEDS_REPEATABLE_READ,
-                        1290, 1792, 1836, 3032, 1047,  # no writes here now
+                        1160, 1161, 1184, 1317, 1927, 3168, 3169, 4031,
+                        BINLOG_NEEDS_REPEATABLE_READ, *REFUSED_BY_CLUSTER,
+                        1290, 1792, 1836, 3032, 4311, 4312, 4313,  # no writes here now
                         1021, 1026, 1030, 1037, 1038, 1041, 1114, 3675,  # disk, memory
+                        1598, 1950, 1964,  # the binary log did not take the COMMIT
                         1105, 9001},  # unknown; ProxySQL: nobody behind it
     Trouble.CROWDED: {1040, 1203, 1226},
-    Trouble.ROW: {1062, 1153, 1264, 1265, 1366, 1406, 3140, 3819, 4025},
+    Trouble.ROW: {1062, 1153, 1264, 1265, 1366, 1406, 3140, 3819, 4025,
+                  1197, 1705, 3231},  # more at once than binary log or cluster take
     Trouble.SETUP: {1044, 1045, 1049, 1054, 1129, 1130, 1142, 1143, 1146, 1698, 1862,
-                    2026, 2059, 3118, 3159},
+                    2026, 2059, 3098, 3118, 3159, 3635},
 }
 TROUBLE_OF = {code: trouble for trouble, codes in CODES.items() for code in codes}
 LONGEST_PAUSE_S, SAY_AFTER_S = 3.0, 1.0
+SLOW_WIRE_BYTES_S = 32 * 1024  # the slowest wire that is borne with
+TRIES_ON_A_HOST = 3
 
 class RowRefused(Exception):
     """The server will never take this data as it is: `code` and `text` say why."""
@@ -930,14 +952,21 @@ class Unreachable(Problem):
 class Policy:
     """How a caller bears with a server that is away."""
     patience_s: float
-    timeout_s: float  # of one answer
+    timeout_s: float  # of one answer to a short statement
     say: Callable[[str], None]
+    longest_s: float = math.inf  # of one answer to a statement of many bytes
+
+    def answer_s(self, statement_bytes: int) -> float:
+        """Seconds that a statement of this size may take, on a slow wire too."""
+        wire_s = statement_bytes / SLOW_WIRE_BYTES_S
+        return min(self.timeout_s + wire_s, max(self.timeout_s, self.longest_s))
 
 def _whisper(text: str) -> None:
     print(f"queuectl: {text.translate(MULTILINE)}", file=sys.stderr, flush=True)
 
 READING = Policy(patience_s=2, timeout_s=30, say=_whisper)
 WRITING = Policy(patience_s=10, timeout_s=10, say=_whisper)
+FOLLOWING = Policy(patience_s=60, timeout_s=10, say=_whisper)  # a failover takes 30 s
 UPGRADING = Policy(patience_s=20, timeout_s=4 * 3600, say=_whisper)
 
 class RefuseClearText:
@@ -963,7 +992,6 @@ class Cursor:
         self.fetchone, self.fetchall = inner.fetchone, inner.fetchall
         self._deferred: list[str] = []
         self.counts: list[int] = []  # the rows matched by those that had waited
-        self.committing = False
 
     def mogrify(self, statement: str, values: Values = ()) -> str:
         """The statement as it is sent."""
@@ -974,11 +1002,6 @@ class Cursor:
         text = self.mogrify(statement, values)
         self._make_room(text)
         self._deferred.append(text)
-
-    def commit_first(self) -> None:
-        """Have the transaction end before the next statement."""
-        self.committing = True
-        self.defer("COMMIT")
 
     def rows(self, make: Callable[..., T], statement: str, *values: object) -> list[T]:
         """What `make` makes of each row."""
@@ -1004,41 +1027,122 @@ class Cursor:
             self._send(self._deferred.pop())
 
     def _send(self, statement: str) -> int:
-        deferred, self._deferred = self._deferred, []
-        self._inner.execute(";\n".join([*deferred, statement]))
+        """Send what waits and `statement` in one packet, and read all their answers."""
+        texts, self._deferred = [*self._deferred, statement], []
+        self._before(texts)
+        self._inner.execute(";\n".join(texts))
         self.counts = []
-        for _ in deferred:
+        for text in texts[:-1]:
+            self._answered(text)
             self.counts.append(self._inner.rowcount)
             self._inner.nextset()
+        self._answered(statement)
         return self._inner.rowcount
+
+    def _before(self, statements: Sequence[str]) -> None:
+        """Called before these are sent."""
+
+    def _answered(self, statement: str) -> None:
+        """Called once the server has answered this one without an error."""
+
+@dataclass
+class Tries:
+    """What one piece of work has met so far."""
+    count: int = 0  # of those that failed
+    since: float = 0.0  # the first of them
+    begun: bool = False  # whether the present one has come to the work itself
+    lost: bool = False  # one broke off after it had begun
+    unsure: bool = False  # one sent a COMMIT that may stand: only `verify` can tell
+    timed_out_bytes: int = 0  # the statement that the last one waited for in vain
+
+class Commit(enum.Enum):
+    """How far a transaction has come."""
+    OPEN = "its COMMIT was not sent: nothing of it stands"
+    SENT = "its COMMIT was sent and not answered: it may stand"
+    ANSWERED = "its COMMIT was answered: it stands"
+
+COMMIT = "COMMIT"
+
+class Transaction(Cursor):
+    """One try at a transaction, from its BEGIN to the answer to its COMMIT.
+
+    Each try, and each look whether an earlier one stands, is an object of its own: what
+    one has sent can never be taken for what another has.
+    """
+    def __init__(self, inner: cursors.Cursor, bytes_max: int, read_committed: bool,
+                 tries: Tries) -> None:
+        super().__init__(inner, bytes_max, read_committed)
+        self.tries = tries
+        self.commit = Commit.OPEN
+        self.defer("BEGIN")
+
+    def commit_with_next(self) -> None:
+        """Have the COMMIT share the next statement's packet, before that statement."""
+        self.defer(COMMIT)
+
+    def finish(self) -> None:
+        """Return once the server has answered the COMMIT."""
+        if self.commit is not Commit.ANSWERED:
+            self.execute(COMMIT)
+
+    def _before(self, statements: Sequence[str]) -> None:
+        if COMMIT in statements:
+            self.commit = Commit.SENT
+
+    def _answered(self, statement: str) -> None:
+        if statement == COMMIT:
+            self.commit = Commit.ANSWERED
+
+@dataclass
+class Route:
+    """Which of several hosts comes first, for all connections of a process."""
+    first: int = 0
 
 class Database:
     """One connection to the database, made when first needed and again when lost."""
-    def __init__(self, target: Target, policy: Policy, bare: bool = False) -> None:
+    def __init__(self, target: Target, policy: Policy, bare: bool = False,
+                 route: Route | None = None) -> None:
         self.target, self.policy = target, policy
         self.bare = bare  # connect without naming a database, before there is one
+        self.route = route or Route()
+        # Done before each try but the first, by itself: a worker's heartbeat.
+        self.between_tries: Callable[[Cursor], object] | None = None
         self.packet_bytes = 1 << 20
         self.version = ""
         self.read_committed = True
         self._connection: Connection | None = None
+        self._host = 0  # which one it goes to
         self._tls: ssl.SSLContext | None = None
         self._skip_locked: str | None = None
         self._away_since: float | None = None
         self._said_away = False
 
-    def transact(self, work: Callable[[Cursor], T],
-                 verify: Callable[[Cursor], T | None] | None = None) -> T:
+    def transact(self, work: Callable[[Transaction], T],
+                 verify: Callable[[Transaction], T | None] | None = None) -> T:
         """Do `work` in one transaction, the whole of it again where that is right.
 
-        A COMMIT whose answer was lost is settled first by `verify`, which looks with
-        locking reads: its value if the transaction was carried out, None if not. Raises
-        RowRefused, Unreachable (`sent`: may have been carried out) and other Problems.
+        Returns only what a COMMIT was answered for, or what `verify` found: it looks
+        with locking reads whether a COMMIT whose answer was lost was carried out, and
+        gives what came of it, or None. Without it, `work` must bear to be done twice.
+        Raises RowRefused, Unreachable (`sent`: may have been carried out) and other
+        Problems.
         """
-        return self._insist(lambda cursor: self._in_transaction(cursor, work), verify)
+        tries = Tries()
+        def attempt() -> T:
+            tries.begun = False
+            if tries.count and self.between_tries:
+                self.between_tries(self._cursor())
+            if tries.unsure and verify:
+                found = self._carry_out(verify, Tries())
+                if found is not None:
+                    return found
+                tries.unsure = False  # it does not stand, and never will
+            return self._carry_out(work, tries)
+        return self._insist(attempt, tries)
 
     def read(self, work: Callable[[Cursor], T]) -> T:
         """Do `work`, which changes nothing or one thing by one statement."""
-        return self._insist(work, None)
+        return self._insist(lambda: work(self._cursor()), Tries())
 
     def rows(self, make: Callable[..., T], statement: str, *values: object) -> list[T]:
         """What `make` makes of each row that one statement finds."""
@@ -1091,56 +1195,73 @@ class Database:
                 return True
         return self.read(work)
 
-    @staticmethod
-    def _in_transaction(cursor: Cursor, work: Callable[[Cursor], T]) -> T:
-        cursor.defer("BEGIN")
+    def _carry_out(self, work: Callable[[Transaction], T], tries: Tries) -> T:
+        """Do `work` in a transaction of its own, up to the answer to its COMMIT."""
+        self._follow_route()
+        self._connection = self._connection or self._connect()
+        tries.begun = True
+        transaction = Transaction(self._connection.cursor(), self.packet_bytes // 4,
+                                  self.read_committed, tries)
         try:
-            result = work(cursor)
-            if not cursor.committing:
-                cursor.committing = True
-                cursor.execute("COMMIT")
-        except _Driver().MySQLError as error:
-            error.at_commit = cursor.committing  # type: ignore[attr-defined]
-            raise
-        return result
+            result = work(transaction)
+            transaction.finish()
+            return result
+        finally:
+            # On an error after ANSWERED what came of it is not known: look, too.
+            tries.unsure = transaction.commit is not Commit.OPEN
 
     def _cursor(self) -> Cursor:
+        self._follow_route()
         self._connection = self._connection or self._connect()
         return Cursor(self._connection.cursor(), self.packet_bytes // 4,
                       self.read_committed)
 
-    def _insist(self, work: Callable[[Cursor], T],
-                verify: Callable[[Cursor], T | None] | None) -> T:
-        failing_since, tries, unsure, sent = 0.0, 0, False, False
+    def _follow_route(self) -> None:
+        if self._connection and self._host != self.route.first:
+            self.close()  # another connection of this process has left that host
+
+    def _insist(self, attempt: Callable[[], T], tries: Tries) -> T:
         while True:
             try:
-                cursor = self._cursor()
-                if unsure and verify:
-                    found = self._in_transaction(cursor, verify)
-                    if found is not None:
-                        self._came_back()
-                        return found
-                    unsure = False
-                sent = True
-                result = work(cursor)
+                result = attempt()
                 self._came_back()
                 return result
             except _Driver().MySQLError as error:
-                trouble, code = diagnose(error)
-                if trouble is Trouble.BUG and math.isinf(self.policy.patience_s) \
-                        and isinstance(error, _Driver().OperationalError):
-                    trouble = Trouble.RECONNECT  # none we know: running jobs go on
-                self._recover(trouble, code)
-                if trouble is Trouble.ROW:
-                    raise RowRefused(code, str(error.args[-1])) from None
-                unsure = unsure or (trouble is Trouble.RECONNECT
-                                    and getattr(error, "at_commit", False))
-                tries += 1
-                failing_since = failing_since or time.monotonic()
-                self._bear(trouble, error, failing_since, tries, sent)
+                self._on_failure(error, tries)
             except Exception:
-                self.close()  # the next BEGIN would commit what `work` left half done
+                self.close()  # the next BEGIN would commit what was left half done
                 raise
+
+    def _on_failure(self, error: Exception, tries: Tries) -> None:
+        """Clean up after a try that failed; return once it is time for another."""
+        trouble, code = diagnose(error)
+        if trouble is Trouble.BUG and isinstance(error, _Driver().OperationalError) \
+                and (tries.unsure or math.isinf(self.policy.patience_s)):
+            # None that we know: after a COMMIT it may stand, and running jobs go on.
+            trouble = Trouble.RECONNECT
+        tries.timed_out_bytes = 0
+        if timed_out(error) and self._connection:
+            tries.timed_out_bytes = (
+                self._connection.statement_bytes)  # type: ignore[attr-defined]
+        self._recover(trouble, code)
+        if trouble is Trouble.ROW:
+            raise RowRefused(code, str(error.args[-1])) from None
+        tries.count += 1
+        tries.since = tries.since or time.monotonic()
+        tries.lost = tries.lost or (tries.begun and trouble is Trouble.RECONNECT)
+        hangs = timed_out(error) or code in REFUSED_BY_CLUSTER or (
+            tries.unsure and code == LOCK_WAIT_TIMEOUT)  # a COMMIT holds it that hangs
+        conflict = trouble is Trouble.REPEAT and code != LOCK_WAIT_TIMEOUT
+        if hangs or (tries.count % TRIES_ON_A_HOST == 0 and not conflict):
+            self._leave_host()
+        self._bear(trouble, error, tries)
+
+    def _leave_host(self) -> None:
+        """Begin with the next host from now on. Not after a mere reset: the next one
+        may be a replica that somebody left writable."""
+        if len(self.target.hosts) > 1:
+            self.route.first = (self.route.first + 1) % len(self.target.hosts)
+            self.close()
 
     def _recover(self, trouble: Trouble, code: int) -> None:
         """Leave no half-open transaction behind."""
@@ -1156,20 +1277,21 @@ class Database:
                 pass  # the connection died too: it is thrown away below
         self.close()
 
-    def _bear(self, trouble: Trouble, error: Exception, since: float,
-              tries: int, sent: bool) -> None:
+    def _bear(self, trouble: Trouble, error: Exception, tries: Tries) -> None:
         """Pause before the next try, or raise what a person should read."""
         if trouble is Trouble.BUG:
             raise error
         problem = explain_error(self.target, error)
-        problem.sent = sent
+        problem.sent = tries.unsure or tries.lost
         hopeless = not math.isinf(self.policy.patience_s) and (
             trouble is Trouble.SETUP or (not self.target.chosen and _refused(error)))
-        longest = 0.5 if trouble is Trouble.REPEAT else LONGEST_PAUSE_S
-        pause = min(longest, 0.01 * 2 ** min(tries, 12)) * random.uniform(0.5, 1)
+        longest = min(LONGEST_PAUSE_S, self.policy.timeout_s / 4)  # far below a lease
+        if trouble is Trouble.REPEAT:
+            longest = 0.5
+        pause = min(longest, 0.01 * 2 ** min(tries.count, 12)) * random.uniform(0.5, 1)
         if trouble is Trouble.CROWDED:
             pause += 0.2
-        if hopeless or time.monotonic() - since + pause > self.policy.patience_s:
+        if hopeless or time.monotonic() - tries.since + pause > self.policy.patience_s:
             raise problem
         if trouble is not Trouble.REPEAT:
             self._went_away(problem)
@@ -1190,19 +1312,21 @@ class Database:
         self._away_since, self._said_away = None, False
 
     def _connect(self) -> Connection:
-        """The first host that answers and takes writes; with one host, that one."""
+        """The first host that answers and takes writes, in the order of the route; with
+        one host, that one."""
         hosts: Sequence[tuple[str, int]] = self.target.hosts or (("localhost", 0),)
         driver = _Driver()
         failure: Exception | None = None
-        for host, port in hosts:
+        for step in range(len(hosts)):
+            at = (self.route.first + step) % len(hosts)
+            host, port = hosts[at]
             connection = None
             try:
                 connection = self._open(host, port)
-                cursor = Cursor(connection.cursor(), self.packet_bytes)
-                if self._prepare(cursor) or len(hosts) == 1:
-                    connection._read_timeout = (  # type: ignore[attr-defined]
-                        self.policy.timeout_s)
-                    return connection
+                if self._prepare(connection):
+                    self._host = self.route.first = at
+                    found, connection = connection, None
+                    return found
                 failure = failure or driver.OperationalError(
                     1290, f"{host}:{port} takes no writes")
             except driver.MySQLError as error:
@@ -1211,9 +1335,10 @@ class Database:
                 failure = driver.OperationalError(2059, str(error))
             except (OSError, ValueError, IndexError) as error:  # not a MySQL's greeting
                 failure = driver.OperationalError(2013, repr(error))
-            if connection:
-                with contextlib.suppress(driver.MySQLError, OSError):
-                    connection.close()
+            finally:
+                if connection:
+                    with contextlib.suppress(driver.MySQLError, OSError):
+                        connection.close()
         raise failure or AssertionError("no host")
 
     def _open(self, host: str, port: int) -> Connection:
@@ -1238,7 +1363,7 @@ class Database:
             database=None if self.bare else self.target.database, autocommit=True,
             client_flag=_FOUND_ROWS | _MULTI_STATEMENTS, auth_plugin_map=refuse,
             ssl=tls, ssl_disabled=tls is None, connect_timeout=patience,
-            read_timeout=patience, write_timeout=self.policy.timeout_s)
+            read_timeout=patience, write_timeout=patience)
 
     def _context(self) -> ssl.SSLContext:
         """One TLS context for all connections: loading authorities costs 20 ms."""
@@ -1259,26 +1384,57 @@ class Database:
                               status=UNAVAILABLE) from None
         return self._tls
 
-    def _prepare(self, cursor: Cursor) -> bool:
-        """Set up the session; whether this server takes writes.
+    def _prepare(self, connection: Connection) -> bool:
+        """Set up the session; False for one of several hosts that takes no writes now.
 
         A session that a partition left behind, with its locks, must not last.
         """
+        cursor = Cursor(connection.cursor(), self.packet_bytes)
         cursor.execute("SELECT VERSION(), @@max_allowed_packet, @@read_only, "
                        "@@innodb_read_only")
         version, self.packet_bytes, *read_only = cursor.fetchone() or ("", 0)
         self.version = str(version)
+        several = len(self.target.hosts) > 1
+        # Asked before the schema, which on a host that was left behind may be old.
+        if several and not (takes_writes(read_only) and _can_commit(cursor)):
+            return False
+        timeout_s = self.policy.timeout_s
+        if several:  # where a COMMIT hangs, there must be time to go to the next host
+            timeout_s = min(timeout_s, max(1.0, self.policy.patience_s / 3))
         limit = f"max_{'statement' if self.mariadb else 'execution'}_time"
-        lock_wait_s = max(1, min(10, int(self.policy.timeout_s) - 1))
+        lock_wait_s = max(1, min(10, int(timeout_s) - 1))
         cursor.execute("SET SESSION sql_mode = 'STRICT_ALL_TABLES', "
-                       f"time_zone = '+00:00', {limit} = 0, "
+                       f"time_zone = '+00:00', {limit} = 0, completion_type = 0, "
                        f"innodb_lock_wait_timeout = {lock_wait_s}, "
                        f"wait_timeout = {int(4 * self.policy.timeout_s)}")
         level = "READ COMMITTED" if self.read_committed else "REPEATABLE READ"
         cursor.execute(f"SET SESSION TRANSACTION ISOLATION LEVEL {level}")
         if not self.bare:
             check_schema(cursor.value(SCHEMA_ROW), self.target.database)
-        return takes_writes(read_only)
+        policy = dataclasses.replace(self.policy, timeout_s=timeout_s)
+        connection.answer_s = policy.answer_s  # type: ignore[attr-defined]
+        return True
+
+def _can_commit(cursor: Cursor) -> bool:
+    """Whether this server's cluster has a majority; True where that cannot be read.
+
+    A member that lost the others says that it takes writes, and each COMMIT hangs.
+    """
+    galera = dict(cursor.rows(
+        lambda name, value: (name, value), "SHOW STATUS WHERE Variable_name IN "
+        "('wsrep_ready', 'wsrep_provider_name')"))
+    if galera.get("wsrep_provider_name"):
+        return galera.get("wsrep_ready") == "ON"
+    try:
+        cursor.execute("SELECT COUNT(*), COALESCE(SUM(member_state = 'ONLINE'), 0) "
+                       "FROM performance_schema.replication_group_members "
+                       "WHERE member_state <> 'OFFLINE'")
+    except _Driver().MySQLError as error:
+        if diagnose(error)[0] is not Trouble.SETUP:  # no such table, or no right to it
+            raise
+        return True
+    members, online = cursor.fetchone() or (0, 0)
+    return not members or 2 * online > members
 
 def takes_writes(read_only: Sequence[object]) -> bool:
     """What a server's variables say: 0 or 1, or from MariaDB 12 on a word."""
@@ -1301,8 +1457,29 @@ class _Driver:
             raise Problem(f"PyMySQL {self.version} of {sys.executable} is too old: "
                           f"{needed} is needed", how_to_install(), UNAVAILABLE)
         class Connection(pymysql.connections.Connection):
-            """Older PyMySQL would go on in plain text where TLS is not offered."""
+            """Waits longer for many bytes; refuses plain text where TLS is asked."""
+            answer_s: Callable[[int], float] | None = None  # None: while it is set up
+            statement_bytes = 0  # of the statement sent last
+            _sock: socket.socket | None
+            _closed: bool
+
+            def query(self, sql: str, unbuffered: bool = False) -> int:
+                self.statement_bytes = len(sql)
+                if self.answer_s:
+                    allowed_s = self.answer_s(len(sql))
+                    self._read_timeout = self._write_timeout = allowed_s
+                return super().query(sql, unbuffered)
+
+            def _force_close(self) -> None:
+                # After an error: what is unsent is not to reach the server any more.
+                if self._sock and not self._closed:
+                    with contextlib.suppress(OSError):
+                        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                              struct.pack("ii", 1, 0))
+                super()._force_close()  # type: ignore[misc]
+
             def _request_authentication(self) -> None:
+                # Older PyMySQL would go on in plain text where TLS is not offered.
                 offers: int = getattr(self, "server_capabilities")  # noqa: B009
                 if self.ssl and not offers & _TLS_OFFERED:
                     raise pymysql.err.OperationalError(
@@ -1350,6 +1527,11 @@ def diagnose(error: Exception) -> tuple[Trouble, int]:
     if code == -1 and "Packet sequence" in str(error):
         return Trouble.RECONNECT, code
     return TROUBLE_OF.get(code, Trouble.BUG), code
+
+def timed_out(error: Exception) -> bool:
+    """Whether nothing came in time: the server hangs, or the wire to it is slow."""
+    causes = (getattr(error, "original_exception", None), error.__context__)
+    return any(isinstance(cause, socket.timeout) for cause in causes)
 
 def _refused(error: Exception) -> bool:
     origin = getattr(error, "original_exception", None)
@@ -1621,7 +1803,7 @@ def complete_job(values: dict[str, object], defaults: Job_Values) -> dict[str, o
         raise Problem("delay and run_at: give only one", status=USAGE)
     values.setdefault("id", new_id())
     if "cwd" in values:
-        values["cwd"] = os.path.abspath(str(values["cwd"]))
+        values["cwd"] = absolute(str(values["cwd"]))
     if "delay" in values:
         values["delay"] = round(float(str(values["delay"])) * 1e6)
         if not values["delay"]:
@@ -1959,6 +2141,9 @@ HISTORY_KEPT = 20
 DATETIME_MIN = datetime.datetime(1000, 1, 1)
 PURGED_AT_ONCE, PURGE_PAUSE_S = 500, 600.0
 PROMOTED_AT_ONCE = 500
+RESULT_BYTES_FIRST, RESULT_BYTES_MOST = 256 << 10, 64 << 20
+FAST_TURN_S = 0.5
+MANY_BYTES = 16 << 10  # a statement of fewer waits for the server, not for the wire
 NEIGHBOURS_PROMOTION_S, SLOW_CLAIM_S = 0.05, 0.02
 DETAIL_MAX, LAST_LINE_MAX = 1024, 255
 Ended = Tuple[Held, End]
@@ -2020,6 +2205,8 @@ class Turn:
     due_s: float = math.inf  # until the next delayed or failed job is due
     changes: Sequence[Change] = ()  # what became of the jobs that ended
     notes: Sequence[str] = ()  # for the log
+    unsettled: Sequence[Ended] = ()  # what one turn could not carry: for the next
+    unflushed: Collection[tuple[int, str]] = ()  # (seq, token) of the same
 
 class Identity(NamedTuple):
     """One worker process, as its row describes it."""
@@ -2031,6 +2218,13 @@ class Identity(NamedTuple):
     slots: int
     queues: tuple[str, ...]  # none: all
 
+class Load(NamedTuple):
+    """What one transaction carries of a turn's results, and what it leaves."""
+    ended: Sequence[Ended]
+    flushes: Sequence[Ended]
+    unsettled: Sequence[Ended]
+    unflushed: Collection[tuple[int, str]]
+
 class Desk:
     """A worker's dealings with the queue."""
     def __init__(self, database: Database, me: Identity, use_skip_locked: bool) -> None:
@@ -2041,7 +2235,9 @@ class Desk:
         self._token = ""  # of what this turn claims
         self._marked: list[int] = []  # seqs that it has claimed so far
         self._settled: dict[int, str] = {}  # and what it has settled: seq and token
-        self._tries = 0  # at its transaction
+        self._changes: list[Change] = []
+        self._load = Load((), (), (), ())
+        self._result_bytes = RESULT_BYTES_FIRST  # that a turn may carry
         self._reached: dict[str, tuple[int, int]] = {}  # where each queue's claim ended
         self._limits: dict[str, int | None] = {}  # of the queues that have one
         self._state = ""  # as our row says
@@ -2055,16 +2251,21 @@ class Desk:
 
     def turn(self, ask: Ask) -> Turn:
         """Look around where asked, settle what ended, claim up to `free` jobs."""
-        self._token, self._marked, self._settled = secrets.token_hex(8), [], {}
-        self._tries, look = 0, None
+        self._token = secrets.token_hex(8)
+        # Each try of anything shows that we live: a long wait takes its own beat back.
+        self.database.between_tries = lambda cursor: self._beat(cursor, ask)
+        look = None
         if ask.look:
             look = self.database.read(lambda cursor: self._look(cursor, ask))
+        started = time.monotonic()
         try:
             done = self._work(ask, look)
         except RowRefused as refused:
             return self._turn_without(ask, refused)
         if not done.alive:
             return done
+        if done.unsettled and time.monotonic() - started < FAST_TURN_S:
+            self._result_bytes = min(2 * self._result_bytes, RESULT_BYTES_MOST)
         notes = []
         if look:
             self._hand_back_unrun(ask, look)
@@ -2101,16 +2302,12 @@ class Desk:
         self._state = ask.state
         return bool(cursor.counts[-1])
 
-    def _turn(self, cursor: Cursor, ask: Ask, look: Look | None) -> Turn:
-        self._marked, self._settled = [], {}
-        self._tries += 1
-        if self._tries > 1:  # else a long wait for a lock takes each beat back
-            self._beat(cursor, ask)
-            cursor.execute("COMMIT")
-            cursor.defer("BEGIN")
+    def _turn(self, cursor: Transaction, ask: Ask, look: Look | None) -> Turn:
+        self._marked, self._settled, self._changes = [], {}, []
         if not self._beat(cursor, ask):
             return Turn(alive=False)
-        changes = self._settle(cursor, ask.ended, ask.flushes)
+        load = self._load = self._fitting(cursor.tries, ask.ended, ask.flushes)
+        changes = self._changes = self._settle(cursor, load.ended, load.flushes)
         due_s = min((change.verdict.wait_s for change in changes
                      if change.to is State.FAILED), default=math.inf)
         if look:
@@ -2118,28 +2315,62 @@ class Desk:
             for key in look.staged:
                 release_staged(cursor, key, look.config[key])
                 due_s = 0.0
-        if ask.free:
-            self._claim(cursor, ask)
+        free = ask.free - len(load.unsettled)  # else they would grow without an end
+        if free > 0:
+            self._claim(cursor, dataclasses.replace(ask, free=free))
         if self._marked:
-            cursor.commit_first()
-        return Turn(jobs=self._read_claimed(cursor), due_s=due_s, changes=changes)
+            cursor.commit_with_next()
+        return Turn(jobs=self._read_claimed(cursor), due_s=due_s, changes=changes,
+                    unsettled=load.unsettled, unflushed=load.unflushed)
 
-    def _look_back(self, cursor: Cursor) -> Turn | None:
-        """Whether a turn whose COMMIT was not answered was carried out.
+    def _fitting(self, tries: Tries, ended: Sequence[Ended],
+                 flushes: Sequence[Ended] = ()) -> Load:
+        """What one transaction is to carry of these results, at least one of them.
 
-        Locking reads: a plain one was seen to miss a commit half a second later.
+        On a slow wire a try times out; then half as much is sent. A single result that
+        is too much even so goes without its output: but only once our heartbeat came
+        through right before it, else it is the server that hangs, not the wire.
+        """
+        last, too_slow = self._load.ended, tries.timed_out_bytes > MANY_BYTES
+        if too_slow and len(last) > 1:
+            self._result_bytes = sum(len(end.output) for _, end in last) // 2
+        left, taken = self._result_bytes, []
+        for held, end in ended:
+            if left > 0:
+                taken.append((held, end))
+                left -= len(end.output)
+        if too_slow and len(last) == 1 and tries.count > 1:
+            held, end = taken[0]
+            taken[0] = held, without_output(end, "the database is too slow to reach")
+        shown: list[Ended] = []
+        unflushed: list[tuple[int, str]] = []
+        for held, end in flushes:
+            left -= len(end.output)
+            if left > 0 or not (taken or shown or too_slow):
+                shown.append((held, end))
+            else:
+                unflushed.append((held.seq, held.token))
+        return Load(taken, shown, ended[len(taken):], unflushed)
+
+    def _look_back(self, cursor: Transaction) -> Turn | None:
+        """What came of a turn whose COMMIT was not answered; None if it does not stand.
+
+        Locking reads: a plain one was seen to miss a commit half a second later. Where
+        a run that it settled still has its token, it does not stand; where a row that
+        it claimed has ours, it does. A turn that did neither is done again.
         """
         seqs = sorted({*self._marked, *self._settled})
         if not seqs:
-            return Turn()
+            return None
         cursor.execute("SELECT seq, token FROM jobs FORCE INDEX (PRIMARY) "
                        "WHERE seq IN %s FOR UPDATE", [seqs])
         found = dict(cursor.fetchall())
-        ours = any(found.get(seq) == self._token for seq in self._marked)
-        settled = any(found.get(seq) != held for seq, held in self._settled.items())
-        if not ours and not settled:
+        claimed = any(found.get(seq) == self._token for seq in self._marked)
+        unsettled = any(found.get(seq) == held for seq, held in self._settled.items())
+        if not claimed and (unsettled or self._marked):
             return None
-        return Turn(jobs=self._read_claimed(cursor), due_s=0.0)
+        return Turn(jobs=self._read_claimed(cursor), due_s=0.0, changes=self._changes,
+                    unsettled=self._load.unsettled, unflushed=self._load.unflushed)
 
     def _turn_without(self, ask: Ask, refused: RowRefused) -> Turn:
         """One bad row never blocks the rest: settle each alone, it without output."""
@@ -2152,10 +2383,7 @@ class Desk:
             try:
                 self._settle_now([(held, end)])
             except RowRefused as error:
-                detail = f"{end.detail}; output not stored: {error}".lstrip("; ")
-                detail = detail.encode("ascii", "replace").decode()
-                end = dataclasses.replace(end, output=b"", detail=detail)
-                self._settle_now([(held, end)])
+                self._settle_now([(held, without_output(end, str(error)))])
                 notes.append(f"job {held.id}: its output could not be stored: {error}")
         rest = self.turn(dataclasses.replace(ask, ended=(), flushes=()))
         return dataclasses.replace(rest, notes=notes)
@@ -2163,7 +2391,14 @@ class Desk:
     # -- settle
 
     def _settle_now(self, ended: Sequence[Ended]) -> None:
-        self.database.transact(lambda cursor: self._settle(cursor, ended))
+        """Settle these runs, in as many transactions as it takes."""
+        def work(cursor: Transaction) -> None:
+            self._load = self._fitting(cursor.tries, left)
+            self._settle(cursor, self._load.ended)
+        left = ended
+        while left:
+            self.database.transact(work)
+            left = self._load.unsettled
 
     def _settle(self, cursor: Cursor, ended: Sequence[Ended],
                 flushes: Sequence[Ended] = ()) -> list[Change]:
@@ -2638,6 +2873,12 @@ def queues_with(cursor: Cursor, state: State) -> list[str]:
 def cut_mark(total: int) -> bytes:
     return b"\n[queuectl: %d bytes in all, the middle is left out]\n" % total
 
+def without_output(end: End, why: str) -> End:
+    """The end of a run whose output cannot be stored; its detail says so, in ASCII."""
+    detail = f"{end.detail}; output not stored: {why}".lstrip("; ")
+    detail = detail.encode("ascii", "replace").decode()
+    return dataclasses.replace(end, output=b"", detail=detail)
+
 def last_line(end: End) -> str | None:
     """The last line that says something, for the dead letter."""
     text = end.output[-4096:].decode("utf-8", "replace").strip()
@@ -2730,6 +2971,12 @@ class Filter(NamedTuple):
     where: str
     values: Sequence[object]
 
+class Locked(NamedTuple):
+    """A job's row, locked by us."""
+    seq: int
+    state: State
+    runs: int
+
 class Office:
     """What a person asks of the queue, or changes in it."""
     def __init__(self, database: Database, settings: Settings) -> None:
@@ -2805,9 +3052,15 @@ class Office:
              timeout_s: float) -> Iterator[Result]:
         """Each job as it ends, or the first alone; Problem if that takes too long."""
         until, pause, left = time.monotonic() + timeout_s, 0.02, dict.fromkeys(ids)
+        def too_late() -> Problem:
+            return Problem(f"not ended within {say_duration(timeout_s)}: "
+                           f"{some_of([*left])}",
+                           f"see: queuectl explain {next(iter(left))}", TIMED_OUT)
         while left:
             for page in pages(list(left)):
-                found = states_of(self.database, page)
+                found = self._states_before(until, page)
+                if found is None:
+                    raise too_late()
                 for job_id in page:
                     state = found.get(job_id)
                     if state is None or state in ENDED:
@@ -2819,11 +3072,22 @@ class Office:
                         if one_is_enough and state:
                             return
             if left and time.monotonic() >= until:
-                raise Problem(f"not ended within {say_duration(timeout_s)}: "
-                              f"{some_of([*left])}",
-                              f"see: queuectl explain {next(iter(left))}", TIMED_OUT)
+                raise too_late()
             time.sleep(min(pause, max(0.0, until - time.monotonic())) if left else 0)
             pause = min(1.5 * pause, 0.25)
+
+    def _states_before(self, until: float,
+                       ids: Sequence[str]) -> dict[str, str] | None:
+        """The present states of jobs; None where an outage lasts past `until`."""
+        policy, left_s = self.database.policy, max(0.0, until - time.monotonic())
+        self.database.policy = dataclasses.replace(
+            policy, patience_s=min(policy.patience_s, left_s))
+        try:
+            return states_of(self.database, ids)
+        except Unreachable:
+            if left_s > policy.patience_s:
+                raise
+            return None
 
     def whole(self, job_id: str) -> Whole:
         """Everything about one job; Problem if there is none."""
@@ -2982,7 +3246,7 @@ class Office:
                 (MOVES["cancel"].to, Reason.CANCELLED, seq, state))
             release_children(cursor, [seq])
             return Result(job_id, True, MOVES["cancel"].to, None, "is cancelled")
-        return self._on_one(job_id, work)
+        return self._on_one(job_id, work, lambda was, now: now.state is State.CANCELLED)
 
     def revive(self, job_id: str, move: str, retries: int = 1,
                reset: bool = False) -> Result:
@@ -3016,7 +3280,9 @@ class Office:
                 "WHERE seq = %s AND state = %s", (to, seq, state))
             cursor.execute("DELETE FROM dlq WHERE seq = %s", (seq,))
             return Result(job_id, True, to, None, f"is {to} again")
-        return self._on_one(job_id, work)
+        # It may have run since, and be where it was.
+        return self._on_one(job_id, work, lambda was, now: now.state is not was.state
+                            or now.runs > was.runs)
 
     def revive_dependents(self, job_id: str) -> Iterator[Result]:
         """Put back what died with a job, and what died with that."""
@@ -3036,27 +3302,32 @@ class Office:
                           f"ON DUPLICATE KEY UPDATE {what} = VALUES({what}), "
                           "touched = touched + 1", name, value)
 
-    def _on_one(self, job_id: str,
-                act: Callable[[Cursor, int, State], Result]) -> Result:
-        """Lock one job, and do what its state allows."""
+    def _on_one(self, job_id: str, act: Callable[[Cursor, int, State], Result],
+                stands: Callable[[Locked, Locked], bool]) -> Result:
+        """Lock one job, and do what its state allows.
+
+        `stands` tells from the row as it was and as it is whether what was done stands,
+        after a COMMIT whose answer was lost; where it does not, it is done again.
+        """
         nothing = Result(job_id, False, None, no_such_job(job_id).what)
-        made: list[tuple[Result, State]] = []
-        def locked(cursor: Cursor) -> tuple[int, State] | None:
-            found = cursor.rows(lambda seq, state: (seq, State(state)), "SELECT seq, "
-                                "state FROM jobs WHERE id = %s FOR UPDATE", job_id)
+        made: list[tuple[Result, Locked]] = []
+        def locked(cursor: Cursor) -> Locked | None:
+            found = cursor.rows(
+                lambda seq, state, runs: Locked(seq, State(state), runs),
+                "SELECT seq, state, runs FROM jobs WHERE id = %s FOR UPDATE", job_id)
             return found[0] if found else None
         def work(cursor: Cursor) -> Result:
-            found = locked(cursor)
-            if not found:
+            row = locked(cursor)
+            if not row:
                 return nothing
-            made.append((act(cursor, *found), found[1]))
+            made.append((act(cursor, row.seq, row.state), row))
             return made[-1][0]
         def verify(cursor: Cursor) -> Result | None:
-            """What was made of it stands: it is no longer in the state that it left."""
-            if not made:
-                return nothing
-            found, (result, was) = locked(cursor), made[-1]
-            return result if result.ok and found and found[1] is not was else None
+            row = locked(cursor)
+            if not made or not row:
+                return None
+            result, was = made[-1]
+            return result if result.ok and stands(was, row) else None
         if not re.fullmatch(NAME, job_id):
             return nothing
         try:
@@ -3149,9 +3420,10 @@ def ring(database: Database, count: int = sys.maxsize, queues: Collection[str] =
 
 class Doorbell:
     """A thread that parks a sleep when told to, and calls `rung` when it was ended."""
-    def __init__(self, target: Target, note: str, rung: Callable[[], None]) -> None:
+    def __init__(self, target: Target, note: str, rung: Callable[[], None],
+                 route: Route | None = None) -> None:
         policy = Policy(math.inf, 1.5 * PARKED_S, say=lambda text: None)
-        self._database = Database(target, policy)
+        self._database = Database(target, policy, route=route)
         self._note, self._rung = f"{DOORBELL} {note}", rung
         self._wanted = threading.Event()
         threading.Thread(target=self._wait, daemon=True).start()
@@ -3337,6 +3609,10 @@ class Process:
         self._flushed_bytes = self.output.total
         return self.job.held, End(None, output=self.output.kept(True),
                                   output_bytes=self.output.total)
+
+    def put_off_flush(self) -> None:
+        """What was to be flushed last was not: have it flushed again."""
+        self._flushed_bytes, self.flush_at = 0, time.monotonic() + NEXT_FLUSH_S
 
     def shown(self, now: float) -> bool:
         """Whether who follows a run had time to read what its final cut leaves out."""
@@ -3625,7 +3901,8 @@ def is_gone(pid: int, identity: str) -> bool:
 
 RESULTS_WAIT_S, NOTHING_TO_SETTLE_WAIT_S = 30.0, 5.0
 FORCED_WAIT_S, ORPHANED_WAIT_S = 0.5, 1.0
-LOOK_WHEN_DRAINING_S, SHORT_PAUSE_S = 0.2, 1.0
+LOOK_WHEN_DRAINING_S = 0.2
+SHORT_PAUSE_S, SHORT_MEMORY_S = 1.0, 10.0  # a host without descriptors, or the like
 STARTED_AT_ONCE = 4  # then the loop looks at what else has happened
 RELAXED = 1.5  # how much longer than poll_interval a look may wait for the doorbell
 PARKING_S = 0.005  # how long a sleep takes until others can find it
@@ -3743,8 +4020,8 @@ def reread(say: Callable[[str], None]) -> Environment | None:
         environment = Environment.read()
         configure(environment, {})
         return environment
-    except Problem as problem:
-        say(f"{problem.what}; settings are kept as they were")
+    except (Problem, OSError, ValueError) as error:  # whatever is there: work goes on
+        say(f"{error}; settings are kept as they were")
         return None
 
 class Worker:
@@ -3760,6 +4037,7 @@ class Worker:
         self._nudged = False  # somebody says that there is something to look at
         self.grace_at = self.give_up_at = math.inf
         self.next_look = self.next_judge = self.hold_until = self.start_by = 0.0
+        self._short_at = -math.inf  # when the host was last too short to start a job
         self.status = 0
         self._selector = selectors.DefaultSelector()
         self._read_wake, self._wake = catch_signals()
@@ -3770,7 +4048,10 @@ class Worker:
         self._launchpad = Launchpad(os.environb)
         # One process tells of an outage for all.
         tell = (lambda text: None) if post.number else crew.say
-        self._policy = Policy(math.inf, max(2.0, self.settings.lease_s / 3), tell)
+        lease_s = self.settings.lease_s
+        self._policy = Policy(math.inf, max(2.0, lease_s / 3), tell,
+                              longest_s=max(2.0, lease_s / 2))
+        self._route = Route()
         self._desk = self._new_desk()
         self._asked = False  # a request is under way
         self._requests: queue.SimpleQueue[Callable[[], Thunk]] = queue.SimpleQueue()
@@ -3791,7 +4072,8 @@ class Worker:
                 self._asked = False
                 self._answers.get()()
             for _ in range(min(STARTED_AT_ONCE, len(self.claimed))):
-                self._start(self.claimed.popleft())
+                if self.claimed:  # unless all were just handed back
+                    self._start(self.claimed.popleft())
         return self.status
 
     # -- the database's side
@@ -3836,7 +4118,8 @@ class Worker:
         me = Identity(name, host, pid, self.post.supervisor, process_identity(pid),
                       self.post.slots, self.crew.queues)
         off = self.environment.get("QUEUECTL_SKIP_LOCKED").lower() in ("off", "0", "no")
-        desk = Desk(Database(self.crew.target, self._policy), me, not off)
+        database = Database(self.crew.target, self._policy, route=self._route)
+        desk = Desk(database, me, not off)
         desk.settings, desk.retains = self.settings, not self.post.number
         desk.end_orphans = self._end_orphans
         return desk
@@ -3884,11 +4167,10 @@ class Worker:
         ended, self.ended = self.ended, []
         held = [*(job.held for job in self.claimed),
                 *(process.job.held for process in self.processes.values())]
-        full = self.stopping or any(one.alone for one in held)
         interval = self._look_interval()
         judge = look and now + interval >= self.next_judge
         ask = Ask(ended, flushes, [(one.seq, one.token) for one in held],
-                  0 if full else self.post.slots - len(held), look, judge,
+                  self._wanted(held, now), look, judge,
                   self.crew.drain and not self.stopping,
                   "stopping" if self.stopping else "running")
         if look:
@@ -3900,6 +4182,15 @@ class Worker:
         self.in_flight = ask
         self._request(lambda: self._desk.turn(ask),
                       lambda turn: self._on_turn(turn, now))
+
+    def _wanted(self, held: Sequence[Held], now: float) -> int:
+        """How many jobs the next turn may claim."""
+        if self.stopping or any(one.alone for one in held) \
+                or now < self._short_at + SHORT_PAUSE_S:
+            return 0
+        free = self.post.slots - len(held)
+        # A host that is short takes one at a time, and leaves the others to others.
+        return min(free, 1) if now < self._short_at + SHORT_MEMORY_S else free
 
     def _look_interval(self) -> float:
         """Seconds between two looks, where nobody says that there is something."""
@@ -3958,6 +4249,10 @@ class Worker:
         if not turn.alive:
             self._on_lost()
             return
+        self.ended = [*turn.unsettled, *self.ended]
+        for process in self.processes.values():
+            if process.key in turn.unflushed:
+                process.put_off_flush()
         if turn.jobs:
             self.claimed.extend(turn.jobs)
             self.start_by = asked_at + self.settings.lease_s
@@ -3978,7 +4273,8 @@ class Worker:
             return
         if not self._doorbell:
             note = f"{self._desk.me.id} {','.join(self.crew.queues) or '-'}"
-            self._doorbell = Doorbell(self.crew.target, note, self._on_rung)
+            self._doorbell = Doorbell(self.crew.target, note, self._on_rung,
+                                      self._route)
         if self._doorbell.park():  # what came just before could not ring
             self.next_look = min(self.next_look, time.monotonic() + PARKING_S)
 
@@ -4039,13 +4335,24 @@ class Worker:
         self.post.ledger.note(f"{job.held.token}-{job.held.seq}")
         process = Process(job, self.settings, self._launchpad)
         if process.gone:
-            if process.cause:  # the host is short of something: not at once again
-                self.hold_until = time.monotonic() + SHORT_PAUSE_S
+            if process.cause:
+                self._on_short(process)
             self._settle(process)
             return
         self.processes[process.pid] = process
         self._selector.register(process.pipe, selectors.EVENT_READ,
                                 lambda: self._on_output(process))
+
+    def _on_short(self, process: Process) -> None:
+        """The host is short of something: what was claimed goes back, for others."""
+        now = time.monotonic()
+        if now > self._short_at + SHORT_MEMORY_S:
+            self.crew.say(f"cannot start a job: {process.failure}; handing back, and "
+                          "one at a time for a while")
+        self._short_at, self.next_look = now, now + SHORT_PAUSE_S
+        for job in self.claimed:
+            self.ended.append((job.held, End(Reason.HANDED_BACK)))
+        self.claimed.clear()
 
     def _on_output(self, process: Process) -> None:
         if not process.read():
@@ -4599,7 +4906,7 @@ OWN_TMPDIR = "--tmpdir=."
 class PrivateServer:
     """A server in a folder of its own: start and stop, as often as one likes."""
     def __init__(self, folder: str, program: str = "") -> None:
-        self.folder, self.program = os.path.abspath(folder), program
+        self.folder, self.program = absolute(folder), program
         self.log = os.path.join(self.folder, "server.log")
         self._pid_file = os.path.join(self.folder, "mysqld.pid")
         self._data = os.path.join(self.folder, "data")
@@ -5456,14 +5763,14 @@ def worker_start(args: argparse.Namespace) -> int:
     signing_key()  # an unreadable file is found now
     # Absolute paths: a job's directory is its worker's too, for a moment.
     target = dataclasses.replace(
-        target, socket=target.socket and os.path.abspath(target.socket),
-        ssl_ca=target.ssl_ca and os.path.abspath(target.ssl_ca))
+        target, socket=target.socket and absolute(target.socket),
+        ssl_ca=target.ssl_ca and absolute(target.ssl_ca))
     crew = Crew(target, environment, configured.settings, queues, args.drain,
                 args.grace, sys.stderr.isatty(), Log().say)
     pid_file = args.pid_file or (_pid_file(environment) if args.daemon else "")
     log_file = args.log_file or os.path.join(os.path.dirname(pid_file), "workers.log")
-    return launch(crew, args.count, pid_file and os.path.abspath(pid_file),
-                  os.path.abspath(log_file) if args.daemon else "")
+    return launch(crew, args.count, pid_file and absolute(pid_file),
+                  absolute(log_file) if args.daemon else "")
 
 def _pid_file(environment: Environment) -> str:
     return environment.get("PID_FILE") or VARIABLES["PID_FILE"].default
@@ -5655,7 +5962,7 @@ def _why(run: Run) -> str:
     examples=("logs my-first-job", "logs -f my-first-job", "logs my-job > out.bin"))
 def logs(args: argparse.Namespace) -> None:
     """Print the output of a job's last run; raw on a pipe."""
-    with office(WRITING) as desk:
+    with office(FOLLOWING if args.follow else READING) as desk:
         whole_job = desk.whole(args.id)
         runs = [run.run for run in whole_job.history]
         if args.run and args.run not in runs:
@@ -5685,7 +5992,9 @@ def wait(args: argparse.Namespace) -> int:
     """
     ids = [word for one in args.ids for word in
            (sys.stdin.read().split() if one == "-" else [one])]
-    with office(WRITING) as desk:
+    policy = dataclasses.replace(
+        FOLLOWING, patience_s=min(FOLLOWING.patience_s, args.timeout))
+    with office(policy) as desk:
         return report(desk.wait(ids, args.any, args.timeout), args.json)
 
 @command("run", COMMAND_OPTION, *JOB_OPTIONS,
@@ -5695,13 +6004,14 @@ def run_here(args: argparse.Namespace) -> int:
 
     No retries, no time limit, and this directory, unless told. Ctrl-C cancels it.
     """
-    given = {"max_retries": 0, "timeout": 0, "cwd": os.getcwd(), **_job_defaults(args)}
+    given = {"max_retries": 0, "timeout": 0, "cwd": absolute("."),
+             **_job_defaults(args)}
     if bool(args.command) == bool(args.rest):
         raise Problem("run takes -c CMD, or -- PROG ARG…", "see: queuectl help run",
                       USAGE)
     spool = Spool()
     spool.add(check_job({"command": args.command or shlex.join(args.rest)}, given))
-    with office(WRITING) as desk:
+    with office(FOLLOWING) as desk:
         enqueue(desk.database, spool, False)
         job_id, cancelled = spool.first_id, False
         try:
@@ -6141,7 +6451,7 @@ def _take_defaults_file(words: list[str]) -> list[str]:
             taken = words[at:at + 1 + (not sign)]
             if not sign and len(taken) < 2:
                 raise Problem("--defaults-file: which?", status=USAGE)
-            os.environ[DEFAULTS_FILE] = os.path.abspath(value or taken[-1])
+            os.environ[DEFAULTS_FILE] = absolute(value or taken[-1])
             return words[:at] + words[at + len(taken):]
     return words
 
