@@ -11,6 +11,7 @@ QUEUECTL_SLOW_TESTS=1 adds the tests that take their real time.
 from __future__ import annotations
 
 import ast
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -4302,7 +4303,39 @@ class Outages(WorkCase):
 
 @slow
 class Clusters(WorkCase):
-    """Three nodes of MySQL's Group Replication, each on a port of its own."""
+    """Three nodes of MySQL's Group Replication, each on a port of its own, or `apart`:
+    each in a network of its own, with a cable that can be pulled."""
+
+    hosts = ("127.0.0.1",) * 3
+    apart = False
+
+    def lay_cables(self) -> None:
+        """Three networks with a host in each, joined by a bridge."""
+        name = f"q{os.getpid() % 100000}"
+        self.cables = [f"{name}c{at}" for at in range(3)]
+        self.networks = [f"{name}n{at}" for at in range(3)]
+        self.hosts = ("10.77.0.1", "10.77.0.2", "10.77.0.3")
+        self.apart = True
+        self.addCleanup(self.ip, f"link del {name}b", check=False)
+        if not self.ip(f"link add {name}b type bridge", check=False):
+            self.skipTest("needs the right to make networks, and iproute2")
+        self.ip(f"link set {name}b up")
+        for cable, network, host in zip(self.cables, self.networks, self.hosts):
+            self.ip(f"netns add {network}")
+            self.addCleanup(self.ip, f"netns del {network}", check=False)
+            self.ip(f"link add {cable} type veth peer name eth0 netns {network}")
+            self.ip(f"link set {cable} master {name}b up")
+            self.ip(f"-n {network} addr add {host}/24 dev eth0")
+            self.ip(f"-n {network} link set eth0 up")
+            self.ip(f"-n {network} link set lo up")
+
+    def ip(self, words: str, check: bool = True) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            done = subprocess.run(
+                ["ip", *words.split()], check=check, capture_output=True
+            )
+            return done.returncode == 0
+        return False
 
     def form(self, *options: str) -> None:
         """Have the three be a group; all accounts are without a password."""
@@ -4313,22 +4346,25 @@ class Clusters(WorkCase):
         ports = [listener.getsockname()[1] for listener in listeners]
         for listener in listeners:
             listener.close()
-        seeds = ",".join(f"127.0.0.1:{port}" for port in ports[3:])
+        seeds = ",".join(
+            f"{host}:{port}" for host, port in zip(self.hosts, ports[3:])
+        )
         self.ports, self.nodes = ports[:3], []
-        for at, port in enumerate(self.ports):
+        for at, (port, host) in enumerate(zip(self.ports, self.hosts)):
+            inside = ["ip", "netns", "exec", self.networks[at]] if self.apart else []
             words = [
                 "--skip-networking=OFF",
-                "--bind-address=127.0.0.1",
+                f"--bind-address={host}",
                 f"--port={port}",
                 f"--server-id={at + 1}",
                 "--gtid-mode=ON",
                 "--enforce-gtid-consistency=ON",
                 "--log-bin=bin",
-                "--report-host=127.0.0.1",
+                f"--report-host={host}",
                 f"--report-port={port}",
                 "--plugin-load-add=group_replication.so",
                 f"--loose-group-replication-group-name={uuid.UUID(int=1)}",
-                f"--loose-group-replication-local-address=127.0.0.1:{ports[3 + at]}",
+                f"--loose-group-replication-local-address={host}:{ports[3 + at]}",
                 f"--loose-group-replication-group-seeds={seeds}",
                 "--loose-group-replication-start-on-boot=OFF",
                 "--loose-group-replication-recovery-get-public-key=ON",
@@ -4339,7 +4375,7 @@ class Clusters(WorkCase):
                 file.write(
                     f'#!/bin/sh\ncase "$*" in *--pid-file*) set -- "$@" '
                     f"{shlex.join(words)};; esac\n"
-                    f'exec {shlex.quote(self.server.program)} "$@"\n'
+                    f'exec {shlex.join([*inside, self.server.program])} "$@"\n'
                 )
             os.chmod(program, 0o755)
             node = queuectl.PrivateServer(self.path(f"node{at}"), program)
@@ -4366,7 +4402,14 @@ class Clusters(WorkCase):
         )
         self.ask(0, "CREATE USER queue@'%'", "GRANT ALL ON queuectl.* TO queue@'%'")
         del self.environment["DB_SOCKET"], self.environment["DB_PASSWORD"]
-        hosts = ",".join(f"127.0.0.1:{port}" for port in self.ports)
+        reached = self.ports
+        if self.apart:  # clients reach a host whose cable is pulled all the same
+            doors = [Proxy(node.socket) for node in self.nodes]
+            for door in doors:
+                self.addCleanup(door.close)
+            reached = [door.port for door in doors]
+            self.environment["DB_SSL_MODE"] = "disabled"
+        hosts = ",".join(f"127.0.0.1:{port}" for port in reached)
         self.environment.update(DB_USER="queue", DB_HOST=hosts)
         self.queuectl("db", "init")
 
@@ -4435,6 +4478,55 @@ class Clusters(WorkCase):
             f"failover: elected after {elected - killed:.1f} s, work went on "
             f"{back - elected:.1f} s later"
         )
+
+    def test_a_primary_cut_off_from_its_group_is_left_for_the_next(self) -> None:
+        for name in SCALED:  # as installed
+            del self.environment[name]
+        self.lay_cables()
+        self.form()
+        lines = b"echo $QUEUECTL_JOB_ID >> ran; sleep 0.3; echo x >> ended\n" * 300
+        known = set(self.queuectl("enqueue", "--lines", "-", stdin=lines).split())
+        for _ in range(2):
+            self.worker("--count", "4")
+        self.wait_lines("ended", 30)
+        self.ip(f"link set {self.cables[0]} down")
+        cut = time.monotonic()
+        self.wait_until(
+            lambda: any(
+                row[1:] == ("ONLINE", "PRIMARY") and row[0] != self.ports[0]
+                for row in self.members(1)
+            ),
+            "another is elected",
+            60,
+        )
+        elected, ended = time.monotonic(), len(self.lines("ended"))
+        self.wait_lines("ended", ended + 1, 60)
+        back = time.monotonic()
+        statuses = collections.Counter[int]()
+        while time.monotonic() < cut + 180:
+            job_id = queuectl.new_id()
+            argv = ("enqueue", "--id", job_id, "-c", "echo $QUEUECTL_JOB_ID >> ran")
+            done = self.run_queuectl(*argv)
+            statuses[done.returncode] += 1
+            if done.returncode == 0:
+                known.add(job_id)
+            else:
+                self.assertEqual(done.returncode, 69, done.stderr.decode())
+                self.assertEqual(self.run_queuectl(*argv, "--if-absent").returncode, 0)
+                known.add(job_id)
+        self.ip(f"link set {self.cables[0]} up")
+        self.wait_until(
+            lambda: '"processing": 0' in self.queuectl("status", "--json"),
+            "all ended",
+            60,
+        )
+        print(
+            f"cut off: elected after {elected - cut:.1f} s, work went on "
+            f"{back - elected:.1f} s later; enqueues by exit status {dict(statuses)}"
+        )
+        self.assertLess(back - elected, 20)
+        self.assertEqual(sorted(self.lines("ran")), sorted(known))
+        self.assert_each_ran_once(len(known))
 
     def test_workers_on_three_writing_nodes_run_each_job_once_and_keep_limits(
         self,
