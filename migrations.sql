@@ -23,7 +23,7 @@ CREATE TABLE IF NOT EXISTS jobs (
   state       VARCHAR(20) NOT NULL DEFAULT 'pending',
   priority    INT NOT NULL DEFAULT 0,
   claim_order INT GENERATED ALWAYS AS (-priority) STORED,
-  attempts INT NOT NULL DEFAULT 0, attempts_max INT NULL, max_retries INT NULL,
+  attempts INT NOT NULL DEFAULT 0, max_attempts INT NULL, max_retries INT NULL,
   runs     INT NOT NULL DEFAULT 0, losses INT NOT NULL DEFAULT 0,
   timeout  DOUBLE NULL, backoff_base DOUBLE NULL,
   permanent_exit_codes VARCHAR(1024) NULL, on_lost VARCHAR(20) NULL,
@@ -34,7 +34,7 @@ CREATE TABLE IF NOT EXISTS jobs (
   live_key VARCHAR(128) COLLATE utf8mb4_bin GENERATED ALWAYS AS
            (CASE WHEN state IN ('completed', 'dead', 'cancelled') THEN NULL
                  ELSE unique_key END) STORED,
-  waits_for INT NOT NULL DEFAULT 0, has_children TINYINT NOT NULL DEFAULT 0,
+  touched INT NOT NULL DEFAULT 0, has_children TINYINT NOT NULL DEFAULT 0,
   next_run_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
   created_at  DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
   started_at  DATETIME(6) NULL, finished_at DATETIME(6) NULL,
@@ -70,16 +70,16 @@ CREATE TABLE IF NOT EXISTS dependencies (
 
 -- History: a row for each run that ended, or that has output to show.
 CREATE TABLE IF NOT EXISTS runs (
-  job BIGINT UNSIGNED NOT NULL, run INT NOT NULL, attempt INT NOT NULL,
+  job_seq BIGINT UNSIGNED NOT NULL, run INT NOT NULL, attempt INT NOT NULL,
   worker VARCHAR(64) NULL, started_at DATETIME(6) NULL, finished_at DATETIME(6) NULL,
   duration DOUBLE NULL, exit_code INT NULL, reason VARCHAR(16) NULL,
   detail VARCHAR(1024) COLLATE utf8mb4_bin NULL,
   output LONGBLOB NULL, output_bytes BIGINT NOT NULL DEFAULT 0,
-  PRIMARY KEY (job, run)
+  PRIMARY KEY (job_seq, run)
 ) ENGINE = InnoDB DEFAULT CHARACTER SET ascii COLLATE ascii_bin;
 
 CREATE TABLE IF NOT EXISTS dlq (
-  seq BIGINT UNSIGNED NOT NULL PRIMARY KEY, id VARCHAR(128) NOT NULL,
+  job_seq BIGINT UNSIGNED NOT NULL PRIMARY KEY, id VARCHAR(128) NOT NULL,
   died_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
   exit_code INT NULL, reason VARCHAR(16) NULL,
   last_line VARCHAR(255) COLLATE utf8mb4_bin NULL,
@@ -90,9 +90,9 @@ CREATE TABLE IF NOT EXISTS dlq (
 CREATE TABLE IF NOT EXISTS workers (
   id VARCHAR(64) NOT NULL PRIMARY KEY,
   host VARCHAR(255) COLLATE utf8mb4_bin NOT NULL, pid BIGINT NOT NULL,
-  supervisor BIGINT NOT NULL, process VARCHAR(255) NOT NULL,
+  supervisor BIGINT NOT NULL, process_identity VARCHAR(255) NOT NULL,
   slots INT NOT NULL, queues TEXT NULL, state VARCHAR(10) NOT NULL DEFAULT 'running',
-  beat BIGINT NOT NULL DEFAULT 0, lease DOUBLE NOT NULL,
+  beat BIGINT NOT NULL DEFAULT 0, lease_s DOUBLE NOT NULL,
   started_at   DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
   heartbeat_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
   lost_at      DATETIME(6) NULL
