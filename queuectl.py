@@ -85,8 +85,6 @@ if TYPE_CHECKING:
 
 VERSION = "0.2.0"
 T = TypeVar("T")
-K = TypeVar("K")
-V = TypeVar("V")
 Thunk = Callable[[], None]
 Values = Union[Sequence[object], Mapping[str, object]]
 Json = Union[None, bool, int, float, str, List["Json"], "dict[str, Json]"]
@@ -1368,14 +1366,14 @@ def quote_name(name: str) -> str:
 
 # ---- database ----------------------------------------------------------------
 #
-# Reaching MySQL, and saying plainly why we could not. `transact` alone decides what
-# an error means: repeat, reconnect, the row's fault, or a Problem for a person. No
-# other room catches a PyMySQL error. Nobody forks with a connection open.
-
+# Reaching MySQL, and saying plainly why we could not. Here alone it is decided
+# what an error means: repeat the transaction, connect anew, the row's own
+# fault, or a Problem for a person. What `transact` returns was committed. No
+# other room names PyMySQL or catches its errors. Nobody forks with a
+# connection open: a child that closes it would end its parent's session.
 
 class ErrorClass(enum.Enum):
     """What an error of the server or the connection asks of us."""
-
     REPEAT = "repeat the transaction"
     RECONNECT = "the server is gone, or takes nothing now"
     CROWDED = "the server has no connection to spare"
@@ -1383,237 +1381,593 @@ class ErrorClass(enum.Enum):
     SETUP = "something is not set up"
     BUG = "ours"
 
+# -- what each error code means
 
-BINLOG_NEEDS_REPEATABLE_READ = 1665
 LOCK_WAIT_TIMEOUT = 1205
 QUERY_KILLED = 1317
-# A cluster that did not take a COMMIT, or does not let a transaction begin: a node that
-# is not ready (1047), a replication hook that failed (3100), a new primary that is
-# still behind (3781 to 3783), a member that waits in vain or leaves (3797 to 3799).
-REFUSED_BY_CLUSTER = {1047, 3100, 3781, 3782, 3783, 3797, 3798, 3799}
-CODES = {
-    ErrorClass.REPEAT: {
-        LOCK_WAIT_TIMEOUT,
-        1213,
-        1020,
-        1180,
-        1206,
-        1412,
-        1622,
-        1969,
-        3024,
-        3101,
-        3572,
-    },
-    ErrorClass.RECONNECT: {
-        *range(100),  # of its files (3: a full disk), and PyMySQL's 0
-        2002,
-        2003,
-        2006,
-        2013,
-        2055,
-        1053,
-        1079,
-        1152,
-        1158,
-        1159,
-        1160,
-        1161,
-        1184,
-        1317,
-        1927,
-        3168,
-        3169,
-        4031,
-        BINLOG_NEEDS_REPEATABLE_READ,
-        *REFUSED_BY_CLUSTER,
-        1290,
-        1792,
-        1836,
-        3032,
-        4311,
-        4312,
-        4313,  # no writes here now
-        1021,
-        1026,
-        1030,
-        1037,
-        1038,
-        1041,
-        1114,
-        3675,  # disk, memory
-        1598,
-        1950,
-        1964,  # the binary log did not take the COMMIT
-        1105,
-        9001,
-    },  # unknown; ProxySQL: nobody behind it
-    ErrorClass.CROWDED: {1040, 1203, 1226},
-    ErrorClass.ROW: {
-        1062,
-        1153,
-        1264,
-        1265,
-        1366,
-        1406,
-        3140,
-        3819,
-        4025,
-        1197,
-        1705,
-        3231,
-    },  # more at once than binary log or cluster take
-    ErrorClass.SETUP: {
-        1044,
-        1045,
-        1049,
-        1054,
-        1129,
-        1130,
-        1142,
-        1143,
-        1146,
-        1698,
-        1862,
-        2026,
-        2059,
-        3098,
-        3118,
-        3159,
-        3635,
-    },
+BINLOG_NEEDS_REPEATABLE_READ = 1665
+# We lost against another transaction. The server is well and the same work may
+# succeed at once: the connection stays, and the transaction is repeated.
+REPEAT_CODES = {
+    LOCK_WAIT_TIMEOUT,  # it ends the statement, and leaves the locks: ROLLBACK
+    1213,  # a deadlock, and this transaction is its victim
+    1020,  # MariaDB: the row has changed since this snapshot read it
+    1180,  # the engine failed during COMMIT
+    1206,  # the lock table is full
+    1412,  # an ALTER changed the table under this snapshot
+    1622,  # the engine rolled the transaction back
+    1969,  # MariaDB: max_statement_time is over
+    3024,  # MySQL: max_execution_time is over
+    3101,  # group replication certified another transaction first
+    3572,  # NOWAIT met a lock
 }
-CLASS_OF_CODE = {code: trouble for trouble, codes in CODES.items() for code in codes}
-LONGEST_PAUSE_S, SAY_AFTER_S = 3.0, 1.0
-SLOW_WIRE_BYTES_S = 32 * 1024  # the slowest wire that is borne with
-TRIES_ON_A_HOST = 3
-# A statement of fewer bytes waits for the server, and not for the wire.
-MANY_BYTES = 16 << 10
+# A cluster did not take a COMMIT, or lets no transaction begin. Another host
+# of the same cluster may take it, so these count as a host that hangs.
+REFUSED_BY_CLUSTER = {
+    1047,  # a Galera node that is not ready, as one without a majority
+    3100,  # a replication hook failed
+    3781,  # a new primary took too long over its backlog
+    3782,  # a new primary was stopped while still behind
+    3783,  # a new primary fell into error while still behind
+    3797,  # consistency BEFORE was waited for in vain
+    3798,  # consistency AFTER was waited for in vain
+    3799,  # the member leaves its group
+}
+# The connection is gone, or this server stores nothing now. Time mends it, or
+# another host: connect anew, and go on for as long as the caller has patience.
+RECONNECT_CODES = {
+    # Below 100 are the server's errors with its files, such as 3 for a full
+    # disk, and the 0 with which PyMySQL says that a connection is closed.
+    *range(100),
+    # The client's words for a server that cannot be reached, or went away.
+    2002,  # no socket, or nobody behind it
+    2003,  # no connection to the host
+    2006,  # the server has gone away
+    2013,  # the connection was lost during a statement
+    2055,  # the same, with the system's reason
+    # The server's words for a connection that it ends.
+    1053,  # it shuts down
+    1079,  # it has shut down
+    1152,  # a connection was aborted
+    1158,  # reading a packet failed
+    1159,  # reading a packet took too long
+    1160,  # writing a packet failed
+    1161,  # writing a packet took too long
+    1184,  # a new connection was aborted
+    QUERY_KILLED,  # an administrator's KILL QUERY, or a shutdown
+    1927,  # MariaDB: the connection was killed
+    3168,  # the server is not available
+    3169,  # the session was killed
+    4031,  # wait_timeout is over
+    # With binlog_format STATEMENT, READ COMMITTED cannot write: `_roll_back`
+    # makes the next session REPEATABLE READ.
+    BINLOG_NEEDS_REPEATABLE_READ,
+    *REFUSED_BY_CLUSTER,
+    # No writes here now: a replica, or a primary that was demoted.
+    1290,  # an option such as read_only forbids them
+    1792,  # the transaction is read-only
+    1836,  # the server is in read-only mode
+    3032,  # the server is in offline mode
+    4311,  # group replication is busy handing connections over
+    4312,  # offline mode, with the reason
+    4313,  # offline mode, with the account that set it
+    # The server lacks disk or memory.
+    1021,  # the disk is full
+    1026,  # writing a file failed
+    1030,  # the engine gave an error of its own
+    1037,  # out of memory
+    1038,  # out of sort memory
+    1041,  # out of resources
+    1114,  # the table is full
+    3675,  # a tablespace cannot grow: the disk is full
+    # The binary log did not take the COMMIT.
+    1598,  # it cannot be written
+    1950,  # MariaDB: its GTID would be out of order
+    1964,  # MariaDB: an earlier COMMIT that this one follows has failed
+    # Both of these also stand for causes that pass.
+    1105,  # an unknown error
+    9001,  # ProxySQL: there is no server behind it
+}
+# Too many connect at once. It is an outage that our haste would lengthen, so
+# the pauses are longer.
+CROWDED_CODES = {
+    1040,  # the server's max_connections
+    1203,  # the account's max_user_connections
+    1226,  # a limit of the account's own
+}
+# Sent again, this data would be refused again: the caller must store it
+# without the part that does not fit, or tell the person.
+ROW_CODES = {
+    1062,  # a unique key has this value already
+    1153,  # more than max_allowed_packet
+    1264,  # a number out of range
+    1265,  # a value would be cut
+    1366,  # text that the column's character set lacks
+    1406,  # text longer than the column
+    3140,  # no JSON
+    3819,  # MySQL: a CHECK failed
+    4025,  # MariaDB: a CHECK failed
+    # More at once than the binary log or the cluster takes.
+    1197,  # max_binlog_cache_size
+    1705,  # max_binlog_stmt_cache_size
+    3231,  # group_replication_transaction_size_limit
+}
+# A person must mend these. A command says so at once; a running worker goes on
+# trying, because the mending may be under way.
+SETUP_CODES = {
+    1044,  # no right to this database
+    1045,  # a wrong account or password
+    1049,  # there is no such database
+    1054,  # there is no such column
+    1129,  # the server blocks this host, after many errors
+    1130,  # the server does not admit this host
+    1142,  # no right to this table
+    1143,  # no right to this column
+    1146,  # there is no such table
+    1698,  # the account is bound to a system user
+    1862,  # the password has expired
+    2026,  # no secure connection
+    2059,  # a way to log in that the client lacks
+    3098,  # a plugin, such as group replication, refuses the table
+    3118,  # the account is locked
+    3159,  # the server wants TLS
+    3635,  # the same as 3098, of a table in the transaction
+}
+CLASS_OF_CODE = {
+    **dict.fromkeys(REPEAT_CODES, ErrorClass.REPEAT),
+    **dict.fromkeys(RECONNECT_CODES, ErrorClass.RECONNECT),
+    **dict.fromkeys(CROWDED_CODES, ErrorClass.CROWDED),
+    **dict.fromkeys(ROW_CODES, ErrorClass.ROW),
+    **dict.fromkeys(SETUP_CODES, ErrorClass.SETUP),
+}
 
+def classify_error(error: Exception) -> tuple[ErrorClass, int]:
+    """Returns the class of a PyMySQL error, and its code or -1."""
+    import ssl
+    code = -1
+    if error.args and isinstance(error.args[0], int):
+        code = error.args[0]
+    origin = getattr(error, "original_exception", None)
+    # PyMySQL says 2003 of a bad certificate too, which no waiting will mend.
+    if isinstance(origin, ssl.SSLCertVerificationError):
+        return ErrorClass.SETUP, 2026
+    # An InternalError without a code: answers came out of order.
+    if code == -1 and "Packet sequence" in str(error):
+        return ErrorClass.RECONNECT, code
+    return CLASS_OF_CODE.get(code, ErrorClass.BUG), code
+
+def timed_out(error: Exception) -> bool:
+    """Says whether no answer came in time: the server or its wire hangs."""
+    origin = getattr(error, "original_exception", None)
+    return (isinstance(origin, socket.timeout)
+            or isinstance(error.__context__, socket.timeout))
+
+def _refused(error: Exception) -> bool:
+    """Says whether nobody listens at the address."""
+    origin = getattr(error, "original_exception", None)
+    return isinstance(origin, (ConnectionRefusedError, FileNotFoundError))
 
 class RowRefused(Exception):
-    """The server will never take this data as it is: `code` and `text` say why."""
+    """The server refuses this data for good: `code` and `text` say why."""
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(f"{text} ({code})")
-        self.code, self.text = code, text
-
+        self.code = code
+        self.text = text
 
 class Unreachable(Problem):
     """The server stayed away for longer than the caller's patience."""
+    # Whether the transaction may have been carried out.
+    sent = False
 
-    sent = False  # whether the transaction may have been carried out
+# -- what a person reads about an error
 
+class Explanation(NamedTuple):
+    """What happened, with places for account, place and text; and a hint."""
+    what: str
+    hint: str
 
-@dataclass(frozen=True)
-class RetryPolicy:
-    """How a caller bears with a server that is away."""
+NO_ACCOUNT = Explanation(
+    "the server refused the account {account}, {place}: {text}",
+    "check DB_USER and DB_PASSWORD")
+NO_TABLES = Explanation(
+    "the queue's tables are missing in {place}: {text}",
+    "run: queuectl db init")
+# The server's text names the column that is missing.
+OTHER_TABLES = Explanation(
+    "the tables in {place} have another form than this program's: {text}",
+    "they were made by another version: name another database in DB_NAME, "
+    "or make them anew (queuectl db init)")
+NO_RIGHT = Explanation(
+    "the account {account} lacks a right in {place}: {text}",
+    "grant it (README, Accounts), or use another account; an administrator "
+    "makes the tables by: queuectl db schema | mysql -u root -p")
+NOT_SECURE = Explanation(
+    "no secure connection to {place}: {text}",
+    "check DB_SSL_MODE and DB_SSL_CA")
+LOCKED = Explanation(
+    "others hold locks in {place}: {text}",
+    "try again; a long transaction is in SHOW PROCESSLIST")
+STOPPED = Explanation(
+    "the private server of {place} is stopped",
+    "run: queuectl db start")
+NOT_CONFIGURED = Explanation(
+    "no database is configured, and no server answers at {tried}; "
+    "looked in the environment (DATABASE_URL, DB_HOST, DB_SOCKET), ./.env, "
+    f".env beside the script, ./{PRIVATE_FOLDER} and MySQL's option files",
+    "set DB_HOST, DB_USER and DB_PASSWORD, or start a private server: "
+    "queuectl db start")
+AWAY = Explanation(
+    "cannot reach the database {place}: {text}",
+    "check that the server runs, and DB_HOST, DB_PORT and DB_SOCKET")
+EXPLANATIONS = {
+    1045: NO_ACCOUNT,
+    1698: NO_ACCOUNT,
+    1049: NO_TABLES,
+    1146: NO_TABLES,
+    1054: OTHER_TABLES,
+    1044: NO_RIGHT,
+    1142: NO_RIGHT,
+    1143: NO_RIGHT,
+    2026: NOT_SECURE,
+    2059: NOT_SECURE,
+    3159: NOT_SECURE,
+}
 
-    retry_for_s: float
-    timeout_s: float  # of one answer to a short statement
-    say: Callable[[str], None]
-    longest_s: float = math.inf  # of one answer to a statement of many bytes
+def explain_error(target: ConnectionInfo, error: Exception) -> Unreachable:
+    """Returns what a person should read of an error; no password is in it."""
+    text = type(error).__name__
+    if error.args:
+        text = str(error.args[-1])
+    tried = str(target).partition(" at ")[2]
+    if target.source != "default":
+        tried += f" (from {target.source})"
+    what, hint = _explanation(target, error)
+    told = what.format(
+        account=f"{target.user!r} (from {target.account_source})",
+        place=f"{target} (from {target.source})",
+        tried=tried,
+        # Nothing that a hostile server says steers the terminal.
+        text=text.translate(ESCAPES))
+    return Unreachable(told, hint, UNAVAILABLE)
 
-    def answer_s(self, statement_bytes: int) -> float:
-        """Seconds that a statement of this size may take, on a slow wire too."""
-        wire_s = statement_bytes / SLOW_WIRE_BYTES_S
-        return min(self.timeout_s + wire_s, max(self.timeout_s, self.longest_s))
+def _explanation(target: ConnectionInfo, error: Exception) -> Explanation:
+    """Returns the words for an error; they depend on who named the host."""
+    error_class, code = classify_error(error)
+    if code in EXPLANATIONS:
+        return EXPLANATIONS[code]
+    if error_class is ErrorClass.REPEAT:
+        return LOCKED
+    if _refused(error) and target.source == PRIVATE_FOLDER:
+        return STOPPED
+    if _refused(error) and not target.explicit:
+        return NOT_CONFIGURED
+    return AWAY
 
+# -- the driver
 
-READING = RetryPolicy(retry_for_s=2, timeout_s=30, say=notice)
-WRITING = RetryPolicy(retry_for_s=10, timeout_s=10, say=notice)
-FOLLOWING = RetryPolicy(
-    retry_for_s=60, timeout_s=10, say=notice
-)  # a failover takes 30 s
-UPGRADING = RetryPolicy(retry_for_s=20, timeout_s=4 * 3600, say=notice)
+PYMYSQL_NEEDED = (1, 0, 2)
+# The system's own package is named first, by the tool that the system has.
+PACKAGES = {
+    "apt-get": "apt install python3-pymysql",
+    "dnf": "dnf install python3-PyMySQL",
+    "apk": "apk add py3-pymysql",
+    "zypper": "zypper install python3-PyMySQL",
+    "pacman": "pacman -S python-pymysql",
+}
 
+class _Driver:
+    """The names of PyMySQL, loaded when first needed: it takes 40 to 70 ms."""
+
+    def __init__(self) -> None:
+        """Raises a Problem where PyMySQL is missing, or too old."""
+        try:
+            import pymysql
+        except ImportError as error:
+            what = f"PyMySQL is missing for {sys.executable} ({error})"
+            raise Problem(what, how_to_install(), UNAVAILABLE) from None
+        self.version = ".".join(str(part) for part in pymysql.VERSION[:3])
+        if pymysql.VERSION[:3] < PYMYSQL_NEEDED:
+            needed = ".".join(str(part) for part in PYMYSQL_NEEDED)
+            what = (f"PyMySQL {self.version} of {sys.executable} is too old: "
+                    f"{needed} is needed")
+            raise Problem(what, how_to_install(), UNAVAILABLE)
+        self.MySQLError = pymysql.err.MySQLError
+        self.OperationalError = pymysql.err.OperationalError
+        self.ProgrammingError = pymysql.err.ProgrammingError
+
+def how_to_install() -> str:
+    """Returns how this system gets PyMySQL."""
+    ways = [line for tool, line in PACKAGES.items() if shutil.which(tool)][:1]
+    ways.append(f"{sys.executable} -m pip install PyMySQL")
+    return "install it: " + ", or: ".join(ways)
+
+def use_own_environment() -> None:
+    """Goes on under the .venv beside the script if PyMySQL is missing here.
+
+    It returns where there is nothing to go on under; else it never does.
+    """
+    import importlib.util
+    if importlib.util.find_spec("pymysql") is not None:
+        return
+    script = os.path.realpath(__file__)
+    folder = os.path.join(os.path.dirname(script), ".venv")
+    python = os.path.join(folder, "bin", "python3")
+    if not os.access(python, os.X_OK):
+        return
+    # Under it already, and it lacks PyMySQL too: going on would never end.
+    if os.path.realpath(sys.prefix) == os.path.realpath(folder):
+        return
+    os.execv(python, [python, os.path.abspath(__file__), *sys.argv[1:]])
+
+def driver_version() -> str:
+    """Returns PyMySQL's version, or what is wrong with it."""
+    try:
+        return _Driver().version
+    except Problem as problem:
+        return "missing" if "missing" in problem.what else "too old"
+
+@dataclass
+class Wire:
+    """How long one connection waits for an answer, and what it sent last."""
+    # Seconds for a statement of so many bytes; None while it is being set up,
+    # when the time-outs of the login hold.
+    answer_s: Callable[[int], float] | None = None
+    statement_bytes: int = 0
+
+# A bit of what the server offers in its greeting.
+TLS_OFFERED = 1 << 11
+
+def _connection_class(wire: Wire) -> type[Connection]:
+    """Returns PyMySQL's connection, held to what it leaves open.
+
+    It waits longer for many bytes, refuses plain text where TLS is asked for,
+    and lets nothing out after an error.
+    """
+    import pymysql
+    class WiredConnection(pymysql.connections.Connection):
+        """A connection that keeps to its `wire`."""
+        _sock: socket.socket | None
+        _closed: bool
+
+        def query(self, sql: str, unbuffered: bool = False) -> int:
+            """Sends a statement, with the patience that its size needs."""
+            wire.statement_bytes = len(sql)
+            if wire.answer_s:
+                allowed_s = wire.answer_s(len(sql))
+                self._read_timeout = allowed_s
+                self._write_timeout = allowed_s
+            return super().query(sql, unbuffered)
+
+        def _force_close(self) -> None:
+            """Closes after an error, with what is unsent."""
+            # What is unsent is not to reach the server any more: by lingering
+            # for 0 s the kernel drops it and resets the connection.
+            if self._sock and not self._closed:
+                linger = struct.pack("ii", 1, 0)
+                with contextlib.suppress(OSError):
+                    self._sock.setsockopt(
+                        socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            super()._force_close()  # type: ignore[misc]
+
+        def _request_authentication(self) -> None:
+            """Logs in, unless TLS was asked for and is not offered."""
+            # Older PyMySQL would go on in plain text where TLS is not offered.
+            offers: int = getattr(self, "server_capabilities")  # noqa: B009
+            if self.ssl and not offers & TLS_OFFERED:
+                raise pymysql.err.OperationalError(
+                    2026, "the server does not offer TLS")
+            super()._request_authentication()  # type: ignore[misc]
+    return WiredConnection
 
 class RefuseClearText:
-    """Answers a server that asks for the password in clear text: with nothing."""
+    """Gives nothing to a server that wants the password in clear text."""
 
     def __init__(self, connection: object) -> None:
         self._connection = connection
 
     def authenticate(self, packet: object) -> NoReturn:
-        raise Problem(
-            "the server asked for the password in clear text: refused",
-            "give the account caching_sha2_password or mysql_native_password",
-            UNAVAILABLE,
-        )
+        what = "the server asked for the password in clear text: refused"
+        hint = "give the account caching_sha2_password or mysql_native_password"
+        raise Problem(what, hint, UNAVAILABLE)
 
+# -- how long a caller waits
+
+# The slowest wire that is borne with.
+SLOW_WIRE_BYTES_S = 32 * 1024
+# A statement of fewer bytes waits for the server, and not for the wire.
+MANY_BYTES = 16 << 10
+# A pause between two tries; it must stay far below a worker's lease.
+RETRY_PAUSE_MAX_S = 3.0
+# A pause after a conflict: the other transaction is over soon.
+CONFLICT_PAUSE_MAX_S = 0.5
+# So much more for a server that has no connection to spare.
+CROWDED_PAUSE_S = 0.2
+# A shorter outage is nobody's business.
+SAY_AFTER_S = 1.0
+# After so many failures the next host is tried, if there are several.
+TRIES_ON_A_HOST = 3
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How a caller bears with a server that is away."""
+    retry_for_s: float
+    # Of one answer to a short statement.
+    timeout_s: float
+    say: Callable[[str], None]
+    # Of one answer to a statement of many bytes.
+    longest_s: float = math.inf
+
+    @property
+    def endless(self) -> bool:
+        """Whether the caller never gives up, as a worker with running jobs."""
+        return math.isinf(self.retry_for_s)
+
+    def answer_s(self, statement_bytes: int) -> float:
+        """Returns how long a statement of this size may take on a slow wire."""
+        wire_s = statement_bytes / SLOW_WIRE_BYTES_S
+        longest_s = max(self.timeout_s, self.longest_s)
+        return min(self.timeout_s + wire_s, longest_s)
+
+READING = RetryPolicy(retry_for_s=2, timeout_s=30, say=notice)
+WRITING = RetryPolicy(retry_for_s=10, timeout_s=10, say=notice)
+# A failover takes 30 s.
+FOLLOWING = RetryPolicy(retry_for_s=60, timeout_s=10, say=notice)
+# An ALTER of a big table takes hours.
+UPGRADING = RetryPolicy(retry_for_s=20, timeout_s=4 * 3600, say=notice)
+
+def _pause_s(error_class: ErrorClass, failed: int, timeout_s: float) -> float:
+    """Returns the pause after so many failures: growing, and never in step.
+
+    Many that failed at once, as in a deadlock, must not come back at once.
+    """
+    longest_s = min(RETRY_PAUSE_MAX_S, timeout_s / 4)
+    if error_class is ErrorClass.REPEAT:
+        longest_s = CONFLICT_PAUSE_MAX_S
+    growing_s = 0.01 * 2.0 ** min(failed, 12)
+    pause_s = min(longest_s, growing_s) * random.uniform(0.5, 1)
+    if error_class is ErrorClass.CROWDED:
+        pause_s += CROWDED_PAUSE_S
+    return pause_s
+
+class Outage:
+    """Tells a person of an outage that lasts, once, and of its end."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._said = False
+
+    def goes_on(self, policy: RetryPolicy, what: str) -> None:
+        """Takes note of one more failure; says so where it has lasted."""
+        now = time.monotonic()
+        if self._since is None:
+            self._since = now
+        if not self._said and now - self._since >= SAY_AFTER_S:
+            self._said = True
+            policy.say(f"{what}; trying again")
+
+    def ends(self, policy: RetryPolicy) -> None:
+        """Takes note of a success; says so to who knows of the outage."""
+        if self._said and self._since is not None:
+            gone = say_duration(time.monotonic() - self._since)
+            policy.say(f"the database is back after {gone}")
+        self._since = None
+        self._said = False
+
+# -- statements
+
+# Of the two columns of `Cursor.pairs`.
+Left = TypeVar("Left")
+Right = TypeVar("Right")
+
+def field_list(record: type, prefix: str = "") -> str:
+    """Returns the SELECT list of a dataclass's or NamedTuple's fields.
+
+    The prefix stands before each name: "jobs." makes "jobs.seq, jobs.id".
+    """
+    import inspect
+    names = inspect.signature(record).parameters
+    return ", ".join(prefix + name for name in names)
+
+def placeholders(values: Collection[object]) -> str:
+    return ", ".join("%s" for _ in values)
 
 def sent_bytes(text: str) -> int:
-    return len(text if text.isascii() else text.encode(errors="surrogateescape"))
-
+    """Returns how many bytes the text has on the wire."""
+    # Counting is all that most statements need: they are ASCII.
+    if text.isascii():
+        return len(text)
+    return len(text.encode(errors="surrogateescape"))
 
 class Cursor:
-    """PyMySQL's cursor, and statements that wait for the next one's round trip."""
+    """PyMySQL's cursor, with statements that share a round trip.
 
-    def __init__(
-        self, inner: cursors.Cursor, bytes_max: int, read_committed: bool = True
-    ) -> None:
-        self._inner, self._bytes_max = inner, bytes_max
-        # What a transaction must see as it is now, although it has read before.
-        self.share = "" if read_committed else "LOCK IN SHARE MODE"
-        self.fetchone, self.fetchall = inner.fetchone, inner.fetchall
+    What was deferred goes out in one packet with the statement after it. The
+    server does them in order and stops at the first that fails, so a deferred
+    statement's error is raised by the one that took it along.
+    """
+
+    def __init__(self, inner: cursors.Cursor, bytes_max: int,
+                 read_committed: bool = True) -> None:
+        """One packet takes `bytes_max` bytes of deferred statements."""
+        self._inner = inner
+        self._bytes_max = bytes_max
+        # What a transaction must see as it is now, although it has read
+        # before: under READ COMMITTED each plain read does, else only a
+        # locking one.
+        self.share = "LOCK IN SHARE MODE"
+        if read_committed:
+            self.share = ""
+        self.fetchone = inner.fetchone
+        self.fetchall = inner.fetchall
         self._deferred: list[str] = []
-        self.counts: list[int] = []  # the rows matched by those that had waited
+        # The rows matched by those that had waited for the last statement.
+        self.counts: list[int] = []
 
     def mogrify(self, statement: str, values: Values = ()) -> str:
-        """The statement as it is sent."""
+        """Returns the statement as it is sent, with its values."""
+        # Without values PyMySQL must get None: a % then stands for itself.
         return str(self._inner.mogrify(statement, values or None))
 
     def defer(self, statement: str, values: Values = ()) -> None:
-        """Have it done before the next statement, which tells its errors too."""
+        """Has it done before the next statement, which tells its errors too."""
         text = self.mogrify(statement, values)
         self._make_room(text)
         self._deferred.append(text)
 
-    def rows(self, make: Callable[..., T], statement: str, *values: object) -> list[T]:
-        """What `make` makes of each row."""
+    def rows(self, make: Callable[..., T], statement: str,
+             *values: object) -> list[T]:
+        """Returns what `make` makes of each row, given its columns in order."""
         self.execute(statement, values)
         return [make(*row) for row in self.fetchall()]
 
-    def records(
-        self, make: Callable[..., T], statement: str, *values: object
-    ) -> list[T]:
-        """Returns each row as what `make` makes of it, by the columns' names."""
+    def records(self, make: Callable[..., T], statement: str,
+                *values: object) -> list[T]:
+        """Returns what `make` makes of each row, by the columns' names."""
         self.execute(statement, values)
         names = [column[0] for column in self._inner.description or ()]
-        return [make(**dict(zip(names, row))) for row in self.fetchall()]
+        found = []
+        for row in self.fetchall():
+            fields = dict(zip(names, row))
+            found.append(make(**fields))
+        return found
 
-    def pairs(self, statement: str, *values: object) -> dict[K, V]:
-        """Returns two columns as a dict."""
+    def pairs(self, statement: str, *values: object) -> dict[Left, Right]:
+        """Returns two columns as a dict from the first to the second."""
         self.execute(statement, values)
         return dict(self.fetchall())
 
     def value(self, statement: str, *values: object) -> object:
-        """The one value of a one-row answer; None without a row."""
+        """Returns the one value of a one-row answer; None without a row."""
         self.execute(statement, values)
         row = self.fetchone()
         return row[0] if row else None
 
     def execute(self, statement: str, values: Values = ()) -> int:
-        """How many rows it matched or returned."""
+        """Sends a statement; returns how many rows it matched or returned."""
         text = self.mogrify(statement, values)
         self._make_room(text)
         return self._send(text)
 
     def _make_room(self, text: str) -> None:
-        """Send what waits, if `text` is too much in one packet with it."""
-        if (
-            self._deferred
-            and sum(map(sent_bytes, [*self._deferred, text])) > self._bytes_max
-        ):
+        """Sends what waits, if `text` is too much in one packet with it."""
+        if not self._deferred:
+            return
+        together = sum(map(sent_bytes, self._deferred)) + sent_bytes(text)
+        if together > self._bytes_max:
             self._send(self._deferred.pop())
 
     def _send(self, statement: str) -> int:
-        """Send what waits and `statement` in one packet, and read all their answers."""
-        texts, self._deferred = [*self._deferred, statement], []
-        self._before(texts)
-        self._inner.execute(";\n".join(texts))
+        """Sends what waits and `statement` in one packet; reads all answers."""
+        waiting = self._deferred
+        # Taken off first: after an error nobody sends them again.
+        self._deferred = []
+        self._before([*waiting, statement])
+        self._inner.execute(";\n".join([*waiting, statement]))
         self.counts = []
-        for text in texts[:-1]:
+        # Each answer is read: only then is it known that the server did it,
+        # and an unread one would be taken for the next statement's.
+        for text in waiting:
             self._answered(text)
             self.counts.append(self._inner.rowcount)
             self._inner.nextset()
@@ -1621,56 +1975,113 @@ class Cursor:
         return self._inner.rowcount
 
     def _before(self, statements: Sequence[str]) -> None:
-        """Called before these are sent."""
+        """Is called before these are sent."""
 
     def _answered(self, statement: str) -> None:
-        """Called once the server has answered this one without an error."""
+        """Is called once the server has answered this one without an error."""
 
+def batched_inserts(cursor: Cursor, packet_bytes: int, head: str,
+                    rows: Iterable[tuple[str, Values]],
+                    tail: str) -> Iterator[str]:
+    """Yields INSERTs of `rows`, each (template, values).
+
+    A statement has 1000 rows or a quarter of a packet at most, but for a row
+    that is larger alone. It raises 1153 for a row that no packet takes.
+    """
+    bytes_max = packet_bytes // 4
+    size = 0
+    parts: list[str] = []
+    for template, values in rows:
+        part = cursor.mogrify(template, values)
+        length = sent_bytes(part)
+        # Sent, it would break the connection, and look like an outage.
+        if length > packet_bytes - 4096:
+            text = f"a row of {length} bytes"
+            raise _Driver().OperationalError(1153, text)
+        full = size + length > bytes_max or len(parts) >= 1000
+        if parts and full:
+            yield f"{head} {', '.join(parts)} {tail}"
+            parts = []
+            size = 0
+        parts.append(part)
+        size += length + 2
+    if parts:
+        yield f"{head} {', '.join(parts)} {tail}"
+
+# -- one try at a transaction
 
 @dataclass
 class Tries:
-    """What one piece of work has met so far."""
+    """What one piece of work has met so far, over all its tries."""
+    # How many failed, and when the first of them did.
+    count: int = 0
+    since: float = 0.0
+    # Whether the present one has come to the work itself. Before that nothing
+    # of it was sent, so a host that cannot be reached leaves no doubt.
+    begun: bool = False
+    # Whether one broke off after it had begun. The caller learns of it in
+    # Unreachable.sent; it decides nothing here.
+    lost: bool = False
+    # Whether one sent a COMMIT that may stand, because no answer came. As long
+    # as it is set, the work is not done again: only `verify` can tell, and
+    # when that finds nothing, this is cleared. It outlives tries that could
+    # not even ask.
+    unsure: bool = False
+    # How many in a row waited in vain for a statement of many bytes. Who packs
+    # the work sends less at once then, since the wire may be too slow for it.
+    slow: int = 0
 
-    count: int = 0  # of those that failed
-    since: float = 0.0  # the first of them
-    begun: bool = False  # whether the present one has come to the work itself
-    lost: bool = False  # one broke off after it had begun
-    unsure: bool = False  # one sent a COMMIT that may stand: only `verify` can tell
-    slow: int = 0  # so many in a row waited in vain for a statement of many bytes
+    def waited(self, in_vain: bool, statement_bytes: int) -> None:
+        """Takes note of how the present one waited for its last statement."""
+        if in_vain and statement_bytes > MANY_BYTES:
+            self.slow += 1
+        else:
+            self.slow = 0
 
+    def failed(self, error_class: ErrorClass) -> None:
+        """Takes note of one more that failed."""
+        self.count += 1
+        self.since = self.since or time.monotonic()
+        if self.begun and error_class is ErrorClass.RECONNECT:
+            self.lost = True
 
 class Commit(enum.Enum):
-    """How far a transaction has come."""
+    """How far a transaction has come.
 
+    SENT is set before the packet leaves, never after: whatever goes wrong from
+    then on, an error of the server included, the COMMIT may have been carried
+    out. A statement that fails before it in the same packet leaves it SENT as
+    well, and `verify` then finds nothing: it costs a look, and no job.
+    """
     OPEN = "its COMMIT was not sent: nothing of it stands"
     SENT = "its COMMIT was sent and not answered: it may stand"
     ANSWERED = "its COMMIT was answered: it stands"
 
-
 COMMIT = "COMMIT"
-
 
 class Transaction(Cursor):
     """One try at a transaction, from its BEGIN to the answer to its COMMIT.
 
-    Each try, and each look whether an earlier one stands, is an object of its own: what
-    one has sent can never be taken for what another has.
+    Each try, and each look whether an earlier one stands, is an object of its
+    own: what one has sent can never be taken for what another has.
     """
 
-    def __init__(
-        self, inner: cursors.Cursor, bytes_max: int, read_committed: bool, tries: Tries
-    ) -> None:
+    def __init__(self, inner: cursors.Cursor, bytes_max: int,
+                 read_committed: bool, tries: Tries) -> None:
         super().__init__(inner, bytes_max, read_committed)
         self.tries = tries
         self.commit = Commit.OPEN
         self.defer("BEGIN")
 
     def commit_with_next(self) -> None:
-        """Have the COMMIT share the next statement's packet, before that statement."""
+        """Has the COMMIT stand before the next statement, in its packet.
+
+        Where it reads what came of the transaction, a round trip is saved.
+        """
         self.defer(COMMIT)
 
     def finish(self) -> None:
-        """Return once the server has answered the COMMIT."""
+        """Returns once the server has answered the COMMIT."""
         if self.commit is not Commit.ANSWERED:
             self.execute(COMMIT)
 
@@ -1682,107 +2093,378 @@ class Transaction(Cursor):
         if statement == COMMIT:
             self.commit = Commit.ANSWERED
 
+# -- connecting
 
 @dataclass
 class Route:
     """Which of several hosts comes first, for all connections of a process."""
-
     first: int = 0
 
-
-class Database:
-    """One connection to the database, made when first needed and again when lost."""
-
-    def __init__(
-        self,
-        target: ConnectionInfo,
-        policy: RetryPolicy,
-        bare: bool = False,
-        route: Route | None = None,
-    ) -> None:
-        self.target, self.policy = target, policy
-        self.bare = bare  # connect without naming a database, before there is one
-        self.route = route or Route()
-        # Done before each try but the first, by itself: a worker's heartbeat.
-        self.between_tries: Callable[[Cursor], object] | None = None
-        self.packet_bytes = 1 << 20
-        self.version = ""
-        self.read_committed = True
-        self._connection: Connection | None = None
-        self._host = 0  # which one it goes to
-        self._tls: ssl.SSLContext | None = None
-        self._skip_locked: str | None = None
-        self._away_since: float | None = None
-        self._said_away = False
-
-    def transact(
-        self,
-        work: Callable[[Transaction], T],
-        verify: Callable[[Transaction], T | None] | None = None,
-    ) -> T:
-        """Do `work` in one transaction, the whole of it again where that is right.
-
-        Returns only what a COMMIT was answered for, or what `verify` found: it looks
-        with locking reads whether a COMMIT whose answer was lost was carried out, and
-        gives what came of it, or None. Without it, `work` must bear to be done twice.
-        Raises RowRefused, Unreachable (`sent`: may have been carried out) and other
-        Problems.
-        """
-        tries = Tries()
-
-        def attempt() -> T:
-            tries.begun = False
-            if tries.count and self.between_tries:
-                self.between_tries(self._cursor())
-            if tries.unsure and verify:
-                found = self._carry_out(verify, Tries())
-                if found is not None:
-                    return found
-                tries.unsure = False  # it does not stand, and never will
-            return self._carry_out(work, tries)
-
-        return self._retry(attempt, tries)
-
-    def read(self, work: Callable[[Cursor], T]) -> T:
-        """Do `work`, which changes nothing or one thing by one statement."""
-        return self._retry(lambda: work(self._cursor()), Tries())
-
-    def rows(self, make: Callable[..., T], statement: str, *values: object) -> list[T]:
-        """What `make` makes of each row that one statement finds."""
-        return self.read(lambda cursor: cursor.rows(make, statement, *values))
-
-    def records(
-        self, make: Callable[..., T], statement: str, *values: object
-    ) -> list[T]:
-        """Returns each row as what `make` makes of it, by the columns' names."""
-        return self.read(lambda cursor: cursor.records(make, statement, *values))
-
-    def run(self, statement: str, *values: object) -> int:
-        """Change one thing by one statement, which twice must do no harm; how many."""
-        return self.read(lambda cursor: cursor.execute(statement, values))
-
-    def close(self) -> None:
-        connection, self._connection, self._skip_locked = self._connection, None, None
-        if connection:
-            with contextlib.suppress(_Driver().MySQLError, OSError):
-                connection.close()
-
-    def skip_locked(self, cursor: Cursor) -> str:
-        """SKIP LOCKED, where it is understood and locks anything; probed once."""
-        if self._skip_locked is None:
-            try:
-                cursor.execute("SELECT 1 FROM queues LIMIT 1 FOR UPDATE SKIP LOCKED")
-                self._skip_locked = "" if "TiDB" in self.version else "SKIP LOCKED"
-            except _Driver().ProgrammingError:
-                self._skip_locked = ""
-        return self._skip_locked
+@dataclass(frozen=True)
+class Session:
+    """A connection that is ready for statements, and what its server is."""
+    connection: Connection
+    wire: Wire
+    # Which of the hosts it goes to.
+    host: int
+    version: str
+    packet_bytes: int
 
     @property
     def mariadb(self) -> bool:
         return "MariaDB" in self.version
 
+def _close_quietly(connection: Connection) -> None:
+    # The goodbye is a courtesy, and fails where the server has gone.
+    with contextlib.suppress(_Driver().MySQLError, OSError):
+        connection.close()
+
+# An UPDATE counts the rows it matched, changed or not: else a heartbeat in the
+# same instant as the last one would look like a lost lease.
+FOUND_ROWS = 1 << 1
+# It lets statements share a packet, and so a round trip (`Cursor.defer`). What
+# came from outside is in them as escaped values only, and so starts none.
+MULTI_STATEMENTS = 1 << 16
+
+class Connector:
+    """Finds the host to use, logs in, and sets the session up."""
+
+    def __init__(self, target: ConnectionInfo, route: Route,
+                 bare: bool) -> None:
+        """`bare` connects without naming a database, before there is one."""
+        self._target = target
+        self._route = route
+        self._bare = bare
+        # A socket has no host, and goes through the same walk.
+        self._hosts: Hosts = target.hosts or (("localhost", 0),)
+        self._tls: ssl.SSLContext | None = None
+
+    def connect(self, policy: RetryPolicy, read_committed: bool) -> Session:
+        """Returns a session on the first host that answers and takes writes.
+
+        The hosts are tried once each, in the order of the route, which from
+        then on begins with the one found; one host alone may take no writes.
+        It raises the error of the last that failed.
+        """
+        driver = _Driver()
+        failure: Exception | None = None
+        for step in range(len(self._hosts)):
+            at = (self._route.first + step) % len(self._hosts)
+            try:
+                session = self._connect_to(at, policy, read_committed)
+            except (driver.MySQLError, RuntimeError, OSError, ValueError,
+                    IndexError) as error:
+                failure = _as_driver_error(error)
+                continue
+            if session:
+                self._route.first = at
+                return session
+            # A host that failed outright says more than one that is a replica.
+            if not failure:
+                host, port = self._hosts[at]
+                failure = driver.OperationalError(
+                    1290, f"{host}:{port} takes no writes")
+        raise failure or AssertionError("no host")
+
+    def leave_host(self) -> None:
+        """Begins with the next host from now on, if there is one.
+
+        A mere reset is no reason for it: the next one may be a replica that
+        somebody left writable. Sessions on this host are closed when they are
+        next asked for.
+        """
+        self._route.first = (self._route.first + 1) % len(self._hosts)
+
+    def _connect_to(self, at: int, policy: RetryPolicy,
+                    read_committed: bool) -> Session | None:
+        """Returns a session on one host; None where it takes no writes now."""
+        wire = Wire()
+        connection = self._open(at, policy, wire)
+        ready = False
+        try:
+            session = self._greet(connection, wire, at)
+            if session:
+                self._set_up_session(session, policy, read_committed)
+                ready = True
+            return session
+        finally:
+            # Also after a Problem or Ctrl-C: nothing half made stays.
+            if not ready:
+                _close_quietly(connection)
+
+    def _open(self, at: int, policy: RetryPolicy, wire: Wire) -> Connection:
+        """Returns a connection, with TLS as DB_SSL_MODE says."""
+        mode = self._target.ssl_mode
+        if self._target.socket or mode == "disabled":
+            return self._connect_once(at, policy, wire, None)
+        try:
+            return self._connect_once(at, policy, wire, self._tls_context())
+        except _Driver().OperationalError as error:
+            if mode != "preferred" or error.args[0] != 2026:
+                raise
+            return self._connect_once(at, policy, wire, None)
+
+    def _connect_once(self, at: int, policy: RetryPolicy, wire: Wire,
+                      tls: ssl.SSLContext | None) -> Connection:
+        """Returns a connection that is logged in, all time-outs short."""
+        host, port = self._hosts[at]
+        patience_s = min(5.0, policy.retry_for_s, policy.timeout_s)
+        patience_s = max(1.0, patience_s)
+        # Either plugin sends the password as it is, at the server's mere word.
+        refuse: dict[str, Callable[[Connection], object]] = {
+            "mysql_clear_password": RefuseClearText,
+            "dialog": RefuseClearText,
+        }
+        return _connection_class(wire)(
+            user=self._target.user,
+            # PyMySQL would encode a text as latin-1.
+            password=self._target.password.encode(),
+            host=host,
+            port=port,
+            unix_socket=self._target.socket or None,
+            database=None if self._bare else self._target.database,
+            charset="utf8mb4",
+            # Without it the first SELECT would open a snapshot that a poll
+            # never leaves. A transaction has its BEGIN.
+            autocommit=True,
+            client_flag=FOUND_ROWS | MULTI_STATEMENTS,
+            auth_plugin_map=refuse,
+            ssl=tls,
+            ssl_disabled=tls is None,
+            connect_timeout=patience_s,
+            read_timeout=patience_s,
+            write_timeout=patience_s)
+
+    def _tls_context(self) -> ssl.SSLContext:
+        """Returns one TLS context for all connections.
+
+        Loading the authorities costs 20 ms. A bad DB_SSL_CA is a Problem.
+        """
+        import ssl
+        if self._tls is not None:
+            return self._tls
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = self._target.ssl_mode == "verify_identity"
+        path = self._target.ssl_ca
+        try:
+            if self._target.ssl_mode not in ("verify_ca", "verify_identity"):
+                context.verify_mode = ssl.CERT_NONE
+            elif path:
+                context.load_verify_locations(path)
+            else:
+                context.load_default_certs()
+        except OSError as error:  # ssl.SSLError is one
+            what = f"DB_SSL_CA: cannot use {path}: {error}"
+            raise Problem(what, status=UNAVAILABLE) from None
+        self._tls = context
+        return context
+
+    def _greet(self, connection: Connection, wire: Wire,
+               at: int) -> Session | None:
+        """Asks the server what it is; None where it takes no writes now.
+
+        One host alone is used as it is: it may be a replica that is only read.
+        Of several the right one is asked for before the schema is, which on a
+        host that was left behind may be old.
+        """
+        cursor = Cursor(connection.cursor(), 0)
+        cursor.execute("SELECT VERSION(), @@max_allowed_packet, @@read_only, "
+                       "@@innodb_read_only")
+        version, packet_bytes, *read_only = cursor.fetchone() or ("", 0)
+        several = len(self._hosts) > 1
+        if several and not (takes_writes(read_only) and _can_commit(cursor)):
+            return None
+        return Session(connection, wire, at, str(version), packet_bytes)
+
+    def _set_up_session(self, session: Session, policy: RetryPolicy,
+                        read_committed: bool) -> None:
+        """Sets the session's variables; raises a Problem for another schema."""
+        cursor = Cursor(session.connection.cursor(), 0)
+        timeout_s = policy.timeout_s
+        # Where a COMMIT hangs, there must be time to go to the next host.
+        if len(self._hosts) > 1:
+            timeout_s = min(timeout_s, max(1.0, policy.retry_for_s / 3))
+        limit = "max_execution_time"
+        if session.mariadb:
+            limit = "max_statement_time"
+        # The server must give up a lock before we give up the server: our
+        # giving up would leave the session there, with the locks that it has.
+        lock_wait_s = max(1, min(10, int(timeout_s) - 1))
+        # A session that a partition left behind has locks: it must end.
+        idle_s = int(4 * policy.timeout_s)
+        cursor.execute("SET SESSION sql_mode = 'STRICT_ALL_TABLES', "
+                       f"time_zone = '+00:00', {limit} = 0, completion_type = 0, "
+                       f"innodb_lock_wait_timeout = {lock_wait_s}, "
+                       f"wait_timeout = {idle_s}")
+        level = "REPEATABLE READ"
+        if read_committed:
+            level = "READ COMMITTED"
+        cursor.execute(f"SET SESSION TRANSACTION ISOLATION LEVEL {level}")
+        if not self._bare:
+            check_schema(cursor.value(SCHEMA_ROW), self._target.database)
+        # From here on the caller's own patience holds, no more the login's.
+        patience = dataclasses.replace(policy, timeout_s=timeout_s)
+        session.wire.answer_s = patience.answer_s
+
+def _as_driver_error(error: Exception) -> Exception:
+    """Returns the error that PyMySQL should have raised while connecting."""
+    driver = _Driver()
+    if isinstance(error, driver.MySQLError):
+        return error
+    # caching_sha2_password without TLS needs a package that is not here.
+    if isinstance(error, RuntimeError):
+        return driver.OperationalError(2059, str(error))
+    # What answers there does not greet like a MySQL.
+    return driver.OperationalError(2013, repr(error))
+
+def takes_writes(read_only: Sequence[object]) -> bool:
+    """Says whether none of a server's read-only variables is on.
+
+    They are 0 or 1, or from MariaDB 12 on a word.
+    """
+    return all(str(value).upper() in ("0", "OFF") for value in read_only)
+
+def _can_commit(cursor: Cursor) -> bool:
+    """Says whether this server's cluster has a majority, or none is known of.
+
+    A member that lost the others takes writes, it says; each COMMIT hangs.
+    """
+    galera: dict[str, str] = cursor.pairs(
+        "SHOW STATUS WHERE Variable_name IN "
+        "('wsrep_ready', 'wsrep_provider_name')")
+    if galera.get("wsrep_provider_name"):
+        return galera.get("wsrep_ready") == "ON"
+    try:
+        cursor.execute(
+            "SELECT COUNT(*), COALESCE(SUM(member_state = 'ONLINE'), 0) "
+            "FROM performance_schema.replication_group_members "
+            "WHERE member_state <> 'OFFLINE'")
+    except _Driver().MySQLError as error:
+        # SETUP: there is no such table, or no right to it.
+        if classify_error(error)[0] is not ErrorClass.SETUP:
+            raise
+        return True
+    members, online = cursor.fetchone() or (0, 0)
+    if not members:
+        return True
+    return bool(2 * online > members)
+
+def _is_for_next_host(error: Exception, tries: Tries) -> bool:
+    """Says whether the next try is to begin with another host."""
+    error_class, code = classify_error(error)
+    if timed_out(error) or code in REFUSED_BY_CLUSTER:
+        return True
+    if code == LOCK_WAIT_TIMEOUT and tries.unsure:
+        # What holds the lock is our own COMMIT, which hangs.
+        return True
+    # A conflict with others is no fault of the host.
+    conflict = error_class is ErrorClass.REPEAT and code != LOCK_WAIT_TIMEOUT
+    return tries.count % TRIES_ON_A_HOST == 0 and not conflict
+
+# -- the database
+
+class Database:
+    """One connection, made when it is first needed, and again when lost."""
+
+    def __init__(self, target: ConnectionInfo, policy: RetryPolicy,
+                 bare: bool = False, route: Route | None = None) -> None:
+        """Connects to nothing yet; a bare one will not name the database."""
+        self.target = target
+        # It may be exchanged at any time, and holds from the next try on.
+        self.policy = policy
+        self.route = route or Route()
+        # Done before each try but the first: a worker's heartbeat.
+        self.between_tries: Callable[[Cursor], object] | None = None
+        # What the server said last; a guess until it is asked.
+        self.packet_bytes = 1 << 20
+        self.version = ""
+        self.read_committed = True
+        self._connector = Connector(target, self.route, bare)
+        self._session: Session | None = None
+        self._skip_locked: str | None = None
+        self._outage = Outage()
+
+    def transact(self, work: Callable[[Transaction], T],
+                 verify: Callable[[Transaction], T | None] | None = None) -> T:
+        """Does `work` in one transaction, and all of it again where that is right.
+
+        Returns only what a COMMIT was answered for, or what `verify` found: it
+        looks with locking reads whether a COMMIT whose answer was lost was
+        carried out, and gives what came of it, or None. Without it, `work`
+        must bear to be done twice. Raises RowRefused, Unreachable (`sent`: may
+        have been carried out) and other Problems.
+        """
+        tries = Tries()
+        def attempt() -> T:
+            """Looks whether an earlier try stands; if none does, makes one more."""
+            tries.begun = False
+            # By itself, and first: a try that waits for a lock in vain takes
+            # back what it wrote, a heartbeat included.
+            if tries.count and self.between_tries:
+                self.between_tries(self._cursor())
+            if tries.unsure and verify:
+                # It gets Tries of its own, so that a COMMIT of the look is
+                # never taken for one of the work. Should the look fail, we
+                # stay unsure.
+                found = self._carry_out(verify, Tries())
+                if found is not None:
+                    return found
+                # Its locking reads have waited for whoever still held the
+                # rows, so the COMMIT that we are unsure of does not stand, and
+                # never will.
+                tries.unsure = False
+            return self._carry_out(work, tries)
+        return self._retry(attempt, tries)
+
+    def _carry_out(self, work: Callable[[Transaction], T], tries: Tries) -> T:
+        """Does `work` in a transaction, up to the answer to its COMMIT."""
+        session = self._ready_session()
+        tries.begun = True
+        transaction = Transaction(
+            session.connection.cursor(),
+            self.packet_bytes // 4,
+            self.read_committed,
+            tries)
+        try:
+            result = work(transaction)
+            transaction.finish()
+            return result
+        finally:
+            # After ANSWERED too: should `work` fail then, what came of it is
+            # not known here, and must be looked for.
+            tries.unsure = transaction.commit is not Commit.OPEN
+
+    def read(self, work: Callable[[Cursor], T]) -> T:
+        """Does `work`, which changes nothing or one thing by one statement."""
+        return self._retry(lambda: work(self._cursor()), Tries())
+
+    def run(self, statement: str, *values: object) -> int:
+        """Changes one thing by one statement, which twice must do no harm.
+
+        Returns how many rows it matched.
+        """
+        return self.read(lambda cursor: cursor.execute(statement, values))
+
+    def rows(self, make: Callable[..., T], statement: str,
+             *values: object) -> list[T]:
+        """Returns what `make` makes of each row, given its columns in order."""
+        return self.read(lambda cursor: cursor.rows(make, statement, *values))
+
+    def records(self, make: Callable[..., T], statement: str,
+                *values: object) -> list[T]:
+        """Returns what `make` makes of each row, by the columns' names."""
+        def work(cursor: Cursor) -> list[T]:
+            return cursor.records(make, statement, *values)
+        return self.read(work)
+
+    def pairs(self, statement: str, *values: object) -> dict[Left, Right]:
+        """Returns two columns as a dict from the first to the second."""
+        def work(cursor: Cursor) -> dict[Left, Right]:
+            return cursor.pairs(statement, *values)
+        return self.read(work)
+
     def attempt(self, work: Callable[[Cursor], T]) -> T | None:
-        """Try once to do what may as well fail; None if it did."""
+        """Tries once to do what may as well fail; returns None if it did."""
         try:
             return work(self._cursor())
         except Problem:
@@ -1793,633 +2475,255 @@ class Database:
             return None
 
     def sleep(self, seconds: int, note: str) -> bool:
-        """Sleep in the server, listed there as `note`; whether KILL QUERY ended it."""
-
+        """Sleeps in the server, as `note`; says whether KILL QUERY ended it."""
+        statement = f"SELECT SLEEP({seconds}) /* {note} */"
         def work(cursor: Cursor) -> bool:
+            """Returns True if the sleep was ended early."""
             try:
                 # MySQL answers 1, MariaDB with an error.
-                return bool(cursor.value(f"SELECT SLEEP({seconds}) /* {note} */"))
+                return bool(cursor.value(statement))
             except _Driver().OperationalError as error:
-                if error.args[0] != QUERY_KILLED:  # MariaDB
+                if error.args[0] != QUERY_KILLED:
                     raise
                 return True
-
         return self.read(work)
 
-    def _carry_out(self, work: Callable[[Transaction], T], tries: Tries) -> T:
-        """Do `work` in a transaction of its own, up to the answer to its COMMIT."""
-        self._follow_route()
-        self._connection = self._connection or self._connect()
-        tries.begun = True
-        transaction = Transaction(
-            self._connection.cursor(),
-            self.packet_bytes // 4,
-            self.read_committed,
-            tries,
-        )
-        try:
-            result = work(transaction)
-            transaction.finish()
-            return result
-        finally:
-            # On an error after ANSWERED what came of it is not known: look, too.
-            tries.unsure = transaction.commit is not Commit.OPEN
+    def skip_locked(self, cursor: Cursor) -> str:
+        """Returns SKIP LOCKED if the server knows it and heeds it, or ""."""
+        if self._skip_locked is None:
+            # Asked once a connection: the next one may go to another server.
+            try:
+                cursor.execute(
+                    "SELECT 1 FROM queues LIMIT 1 FOR UPDATE SKIP LOCKED")
+                self._skip_locked = "SKIP LOCKED"
+            except _Driver().ProgrammingError:
+                self._skip_locked = ""
+            # TiDB takes the words, and does not skip.
+            if "TiDB" in self.version:
+                self._skip_locked = ""
+        return self._skip_locked
+
+    @property
+    def mariadb(self) -> bool:
+        return "MariaDB" in self.version
+
+    def close(self) -> None:
+        """Closes the connection; the next statement makes another."""
+        session = self._session
+        self._session = None
+        self._skip_locked = None
+        if session:
+            _close_quietly(session.connection)
 
     def _cursor(self) -> Cursor:
-        self._follow_route()
-        self._connection = self._connection or self._connect()
-        return Cursor(
-            self._connection.cursor(), self.packet_bytes // 4, self.read_committed
-        )
+        """Returns a cursor for statements that each commit by themselves."""
+        inner = self._ready_session().connection.cursor()
+        return Cursor(inner, self.packet_bytes // 4, self.read_committed)
 
-    def _follow_route(self) -> None:
-        if self._connection and self._host != self.route.first:
-            self.close()  # another connection of this process has left that host
+    def _ready_session(self) -> Session:
+        """Returns the session; if there is none on the route's host, a new one.
+        """
+        session = self._session
+        # Another connection of this process may have left that host.
+        if session and session.host != self.route.first:
+            self.close()
+            session = None
+        if not session:
+            session = self._connector.connect(self.policy, self.read_committed)
+            self._session = session
+            self.version = session.version
+            self.packet_bytes = session.packet_bytes
+        return session
 
     def _retry(self, attempt: Callable[[], T], tries: Tries) -> T:
+        """Returns what `attempt` does, once it succeeds."""
         while True:
             try:
                 result = attempt()
-                self._came_back()
-                return result
             except _Driver().MySQLError as error:
                 self._on_failure(error, tries)
             except Exception:
-                self.close()  # the next BEGIN would commit what was left half done
+                # The next BEGIN would commit what was left half done.
+                self.close()
                 raise
+            else:
+                self._outage.ends(self.policy)
+                return result
 
     def _on_failure(self, error: Exception, tries: Tries) -> None:
-        """Clean up after a try that failed; return once it is time for another."""
-        trouble, code = classify_error(error)
-        if (
-            trouble is ErrorClass.BUG
-            and isinstance(error, _Driver().OperationalError)
-            and (tries.unsure or math.isinf(self.policy.retry_for_s))
-        ):
-            # None that we know: after a COMMIT it may stand, and running jobs go on.
-            trouble = ErrorClass.RECONNECT
+        """Cleans up after a failure; returns once it is time for another try.
+        """
+        error_class, code = classify_error(error)
+        # An error that nobody foresaw ends a command. But after a COMMIT it
+        # may stand, which must be looked for; and running jobs go on.
+        unforeseen = (error_class is ErrorClass.BUG
+                      and isinstance(error, _Driver().OperationalError))
+        if unforeseen and (tries.unsure or self.policy.endless):
+            error_class = ErrorClass.RECONNECT
+        sent = 0
+        if self._session:
+            sent = self._session.wire.statement_bytes
+        # A try that has not come to the work says nothing of its statements.
         if tries.begun:
-            slow = timed_out(error) and self._sent_bytes() > MANY_BYTES
-            tries.slow = tries.slow + 1 if slow else 0
-        self._roll_back(trouble, code)
-        if trouble is ErrorClass.ROW:
+            tries.waited(timed_out(error), sent)
+        self._roll_back(error_class, code)
+        if error_class is ErrorClass.ROW:
             raise RowRefused(code, str(error.args[-1])) from None
-        tries.count += 1
-        tries.since = tries.since or time.monotonic()
-        tries.lost = tries.lost or (tries.begun and trouble is ErrorClass.RECONNECT)
-        hangs = (
-            timed_out(error)
-            or code in REFUSED_BY_CLUSTER
-            or (tries.unsure and code == LOCK_WAIT_TIMEOUT)
-        )  # a COMMIT holds it that hangs
-        conflict = trouble is ErrorClass.REPEAT and code != LOCK_WAIT_TIMEOUT
-        if hangs or (tries.count % TRIES_ON_A_HOST == 0 and not conflict):
-            self._leave_host()
-        self._back_off_or_raise(trouble, error, tries)
+        tries.failed(error_class)
+        if _is_for_next_host(error, tries):
+            self._connector.leave_host()
+        self._back_off_or_raise(error_class, error, tries)
 
-    def _sent_bytes(self) -> int:
-        """Returns the size of the statement that was sent last."""
-        return getattr(self._connection, "statement_bytes", 0)
-
-    def _leave_host(self) -> None:
-        """Begin with the next host from now on. Not after a mere reset: the next one
-        may be a replica that somebody left writable."""
-        if len(self.target.hosts) > 1:
-            self.route.first = (self.route.first + 1) % len(self.target.hosts)
-            self.close()
-
-    def _roll_back(self, trouble: ErrorClass, code: int) -> None:
-        """Leave no half-open transaction behind."""
+    def _roll_back(self, error_class: ErrorClass, code: int) -> None:
+        """Leaves no half-open transaction behind."""
         if code == BINLOG_NEEDS_REPEATABLE_READ and self.read_committed:
             self.read_committed = False
             self.policy.say(
                 "the server's binlog_format is STATEMENT: claims wait for "
-                "each other; set it to ROW or MIXED"
-            )
-        if trouble in (ErrorClass.REPEAT, ErrorClass.ROW) and self._connection:
+                "each other; set it to ROW or MIXED")
+        # After these the connection is well: keeping it is cheaper.
+        keep = error_class in (ErrorClass.REPEAT, ErrorClass.ROW)
+        if keep and self._session:
             try:
-                self._connection.rollback()
+                self._session.connection.rollback()
                 return
             except _Driver().MySQLError:
                 pass  # the connection died too: it is thrown away below
         self.close()
 
-    def _back_off_or_raise(
-        self, trouble: ErrorClass, error: Exception, tries: Tries
-    ) -> None:
-        """Pause before the next try, or raise what a person should read."""
-        if trouble is ErrorClass.BUG:
+    def _back_off_or_raise(self, error_class: ErrorClass, error: Exception,
+                           tries: Tries) -> None:
+        """Pauses before the next try, or raises what a person should read."""
+        if error_class is ErrorClass.BUG:
             raise error
         problem = explain_error(self.target, error)
         problem.sent = tries.unsure or tries.lost
-        hopeless = not math.isinf(self.policy.retry_for_s) and (
-            trouble is ErrorClass.SETUP
-            or (not self.target.explicit and _refused(error))
-        )
-        longest = min(LONGEST_PAUSE_S, self.policy.timeout_s / 4)  # far below a lease
-        if trouble is ErrorClass.REPEAT:
-            longest = 0.5
-        pause = min(longest, 0.01 * 2 ** min(tries.count, 12)) * random.uniform(0.5, 1)
-        if trouble is ErrorClass.CROWDED:
-            pause += 0.2
-        if hopeless or time.monotonic() - tries.since + pause > self.policy.retry_for_s:
+        # No waiting mends a wrong password, or a mere guess of an address.
+        guessed = not self.target.explicit and _refused(error)
+        hopeless = error_class is ErrorClass.SETUP or guessed
+        pause_s = _pause_s(error_class, tries.count, self.policy.timeout_s)
+        waited_s = time.monotonic() - tries.since
+        if hopeless and not self.policy.endless:
             raise problem
-        if trouble is not ErrorClass.REPEAT:
-            self._went_away(problem)
-        time.sleep(pause)
+        if waited_s + pause_s > self.policy.retry_for_s:
+            raise problem
+        # Others that hold locks are no outage.
+        if error_class is not ErrorClass.REPEAT:
+            self._outage.goes_on(self.policy, problem.what)
+        time.sleep(pause_s)
 
-    def _went_away(self, problem: Problem) -> None:
-        now = time.monotonic()
-        if self._away_since is None:
-            self._away_since = now
-        if not self._said_away and now - self._away_since >= SAY_AFTER_S:
-            self._said_away = True
-            self.policy.say(f"{problem.what}; trying again")
-
-    def _came_back(self) -> None:
-        if self._said_away and self._away_since is not None:
-            gone = say_duration(time.monotonic() - self._away_since)
-            self.policy.say(f"the database is back after {gone}")
-        self._away_since, self._said_away = None, False
-
-    def _connect(self) -> Connection:
-        """The first host that answers and takes writes, in the order of the route; with
-        one host, that one."""
-        hosts: Sequence[tuple[str, int]] = self.target.hosts or (("localhost", 0),)
-        driver = _Driver()
-        failure: Exception | None = None
-        for step in range(len(hosts)):
-            at = (self.route.first + step) % len(hosts)
-            host, port = hosts[at]
-            connection = None
-            try:
-                connection = self._open(host, port)
-                if self._set_up_session(connection):
-                    self._host = self.route.first = at
-                    found, connection = connection, None
-                    return found
-                failure = failure or driver.OperationalError(
-                    1290, f"{host}:{port} takes no writes"
-                )
-            except driver.MySQLError as error:
-                failure = error
-            except RuntimeError as error:  # caching_sha2_password without TLS says so
-                failure = driver.OperationalError(2059, str(error))
-            except (OSError, ValueError, IndexError) as error:  # not a MySQL's greeting
-                failure = driver.OperationalError(2013, repr(error))
-            finally:
-                if connection:
-                    with contextlib.suppress(driver.MySQLError, OSError):
-                        connection.close()
-        raise failure or AssertionError("no host")
-
-    def _open(self, host: str, port: int) -> Connection:
-        """A connection, with TLS as DB_SSL_MODE says."""
-        mode = self.target.ssl_mode
-        if self.target.socket or mode == "disabled":
-            return self._connect_once(host, port, None)
-        try:
-            return self._connect_once(host, port, self._context())
-        except _Driver().OperationalError as error:
-            if mode != "preferred" or error.args[0] != 2026:
-                raise
-            return self._connect_once(host, port, None)
-
-    def _connect_once(
-        self, host: str, port: int, tls: ssl.SSLContext | None
-    ) -> Connection:
-        patience = max(1.0, min(5.0, self.policy.retry_for_s, self.policy.timeout_s))
-        refuse: dict[str, Callable[[Connection], object]] = {
-            "mysql_clear_password": RefuseClearText,
-            "dialog": RefuseClearText,
-        }
-        return _Driver().connect(
-            user=self.target.user,
-            password=self.target.password.encode(),
-            host=host,
-            port=port,
-            unix_socket=self.target.socket or None,
-            charset="utf8mb4",
-            database=None if self.bare else self.target.database,
-            autocommit=True,
-            client_flag=_FOUND_ROWS | _MULTI_STATEMENTS,
-            auth_plugin_map=refuse,
-            ssl=tls,
-            ssl_disabled=tls is None,
-            connect_timeout=patience,
-            read_timeout=patience,
-            write_timeout=patience,
-        )
-
-    def _context(self) -> ssl.SSLContext:
-        """One TLS context for all connections: loading authorities costs 20 ms."""
-        import ssl
-
-        if self._tls is None:
-            self._tls = context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            context.check_hostname = self.target.ssl_mode == "verify_identity"
-            path = self.target.ssl_ca
-            try:
-                if self.target.ssl_mode not in ("verify_ca", "verify_identity"):
-                    context.verify_mode = ssl.CERT_NONE
-                elif path:
-                    context.load_verify_locations(path)
-                else:
-                    context.load_default_certs()
-            except OSError as error:  # ssl.SSLError is one
-                raise Problem(
-                    f"DB_SSL_CA: cannot use {path}: {error}", status=UNAVAILABLE
-                ) from None
-        return self._tls
-
-    def _set_up_session(self, connection: Connection) -> bool:
-        """Set up the session; False for one of several hosts that takes no writes now.
-
-        A session that a partition left behind, with its locks, must not last.
-        """
-        cursor = Cursor(connection.cursor(), self.packet_bytes)
-        cursor.execute(
-            "SELECT VERSION(), @@max_allowed_packet, @@read_only, @@innodb_read_only"
-        )
-        version, self.packet_bytes, *read_only = cursor.fetchone() or ("", 0)
-        self.version = str(version)
-        several = len(self.target.hosts) > 1
-        # Asked before the schema, which on a host that was left behind may be old.
-        if several and not (takes_writes(read_only) and _can_commit(cursor)):
-            return False
-        timeout_s = self.policy.timeout_s
-        if several:  # where a COMMIT hangs, there must be time to go to the next host
-            timeout_s = min(timeout_s, max(1.0, self.policy.retry_for_s / 3))
-        limit = f"max_{'statement' if self.mariadb else 'execution'}_time"
-        lock_wait_s = max(1, min(10, int(timeout_s) - 1))
-        cursor.execute(
-            "SET SESSION sql_mode = 'STRICT_ALL_TABLES', "
-            f"time_zone = '+00:00', {limit} = 0, completion_type = 0, "
-            f"innodb_lock_wait_timeout = {lock_wait_s}, "
-            f"wait_timeout = {int(4 * self.policy.timeout_s)}"
-        )
-        level = "READ COMMITTED" if self.read_committed else "REPEATABLE READ"
-        cursor.execute(f"SET SESSION TRANSACTION ISOLATION LEVEL {level}")
-        if not self.bare:
-            check_schema(cursor.value(SCHEMA_ROW), self.target.database)
-        policy = dataclasses.replace(self.policy, timeout_s=timeout_s)
-        connection.answer_s = policy.answer_s  # type: ignore[attr-defined]
-        return True
-
-
-def _can_commit(cursor: Cursor) -> bool:
-    """Whether this server's cluster has a majority; True where that cannot be read.
-
-    A member that lost the others says that it takes writes, and each COMMIT hangs.
-    """
-    galera = dict(
-        cursor.rows(
-            lambda name, value: (name, value),
-            "SHOW STATUS WHERE Variable_name IN ('wsrep_ready', 'wsrep_provider_name')",
-        )
-    )
-    if galera.get("wsrep_provider_name"):
-        return galera.get("wsrep_ready") == "ON"
-    try:
-        cursor.execute(
-            "SELECT COUNT(*), COALESCE(SUM(member_state = 'ONLINE'), 0) "
-            "FROM performance_schema.replication_group_members "
-            "WHERE member_state <> 'OFFLINE'"
-        )
-    except _Driver().MySQLError as error:
-        if (
-            classify_error(error)[0] is not ErrorClass.SETUP
-        ):  # no such table, or no right to it
-            raise
-        return True
-    members, online = cursor.fetchone() or (0, 0)
-    return not members or 2 * online > members
-
-
-def takes_writes(read_only: Sequence[object]) -> bool:
-    """What a server's variables say: 0 or 1, or from MariaDB 12 on a word."""
-    return all(str(value).upper() in ("0", "OFF") for value in read_only)
-
-
-_TLS_OFFERED, _MULTI_STATEMENTS = 1 << 11, 1 << 16
-_FOUND_ROWS = 2  # an UPDATE counts the rows it matched, changed or not
-
-
-class _Driver:
-    """PyMySQL's names that this room uses, loaded when first needed (40 to 70 ms)."""
-
-    def __init__(self) -> None:
-        try:
-            import pymysql
-        except ImportError as error:
-            raise Problem(
-                f"PyMySQL is missing for {sys.executable} ({error})",
-                how_to_install(),
-                UNAVAILABLE,
-            ) from None
-        self.version = ".".join(str(part) for part in pymysql.VERSION[:3])
-        if pymysql.VERSION[:3] < PYMYSQL_NEEDED:
-            needed = ".".join(map(str, PYMYSQL_NEEDED))
-            raise Problem(
-                f"PyMySQL {self.version} of {sys.executable} is too old: "
-                f"{needed} is needed",
-                how_to_install(),
-                UNAVAILABLE,
-            )
-
-        class Connection(pymysql.connections.Connection):
-            """Waits longer for many bytes; refuses plain text where TLS is asked."""
-
-            answer_s: Callable[[int], float] | None = None  # None: while it is set up
-            statement_bytes = 0  # of the statement sent last
-            _sock: socket.socket | None
-            _closed: bool
-
-            def query(self, sql: str, unbuffered: bool = False) -> int:
-                self.statement_bytes = len(sql)
-                if self.answer_s:
-                    allowed_s = self.answer_s(len(sql))
-                    self._read_timeout = self._write_timeout = allowed_s
-                return super().query(sql, unbuffered)
-
-            def _force_close(self) -> None:
-                # After an error: what is unsent is not to reach the server any more.
-                if self._sock and not self._closed:
-                    with contextlib.suppress(OSError):
-                        self._sock.setsockopt(
-                            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-                        )
-                super()._force_close()  # type: ignore[misc]
-
-            def _request_authentication(self) -> None:
-                # Older PyMySQL would go on in plain text where TLS is not offered.
-                offers: int = getattr(self, "server_capabilities")  # noqa: B009
-                if self.ssl and not offers & _TLS_OFFERED:
-                    raise pymysql.err.OperationalError(
-                        2026, "the server does not offer TLS"
-                    )
-                super()._request_authentication()  # type: ignore[misc]
-
-        self.connect = Connection
-        self.MySQLError = pymysql.err.MySQLError
-        self.OperationalError = pymysql.err.OperationalError
-        self.ProgrammingError = pymysql.err.ProgrammingError
-
-
-PYMYSQL_NEEDED = (1, 0, 2)
-PACKAGES = {
-    "apt-get": "apt install python3-pymysql",
-    "dnf": "dnf install python3-PyMySQL",
-    "apk": "apk add py3-pymysql",
-    "zypper": "zypper install python3-PyMySQL",
-    "pacman": "pacman -S python-pymysql",
-}
-
-
-def how_to_install() -> str:
-    """How this system gets PyMySQL."""
-    own = next((line for tool, line in PACKAGES.items() if shutil.which(tool)), "")
-    return (
-        "install it: "
-        + f"{own}, or: " * bool(own)
-        + f"{sys.executable} -m pip install PyMySQL"
-    )
-
-
-def use_own_environment() -> None:
-    """Go on under the .venv beside the script, where PyMySQL is missing here."""
-    import importlib.util
-
-    folder = os.path.join(os.path.dirname(os.path.realpath(__file__)), ".venv")
-    python = os.path.join(folder, "bin", "python3")
-    if (
-        importlib.util.find_spec("pymysql") is None
-        and os.access(python, os.X_OK)
-        and os.path.realpath(sys.prefix) != os.path.realpath(folder)
-    ):
-        os.execv(python, [python, os.path.abspath(__file__), *sys.argv[1:]])
-
-
-def driver_version() -> str:
-    try:
-        return _Driver().version
-    except Problem as problem:
-        return "missing" if "missing" in problem.what else "too old"
-
-
-def classify_error(error: Exception) -> tuple[ErrorClass, int]:
-    """The class of a PyMySQL error, and its code."""
-    import ssl
-
-    code = error.args[0] if error.args and isinstance(error.args[0], int) else -1
-    origin = getattr(error, "original_exception", None)
-    if isinstance(origin, ssl.SSLCertVerificationError):  # PyMySQL says 2003: away
-        return ErrorClass.SETUP, 2026
-    if code == -1 and "Packet sequence" in str(error):
-        return ErrorClass.RECONNECT, code
-    return CLASS_OF_CODE.get(code, ErrorClass.BUG), code
-
-
-def timed_out(error: Exception) -> bool:
-    """Whether nothing came in time: the server hangs, or the wire to it is slow."""
-    causes = (getattr(error, "original_exception", None), error.__context__)
-    return any(isinstance(cause, socket.timeout) for cause in causes)
-
-
-def _refused(error: Exception) -> bool:
-    origin = getattr(error, "original_exception", None)
-    return isinstance(origin, (ConnectionRefusedError, FileNotFoundError))
-
-
-def explain_error(target: ConnectionInfo, error: Exception) -> Unreachable:
-    """What a person should read about an error; no password in it."""
-    code = classify_error(error)[1]
-    text = str(error.args[-1]) if error.args else type(error).__name__
-    text = text.translate(ESCAPES)  # a hostile server's too
-    account = f"{target.user!r} (from {target.account_source})"
-    place = f"{target} (from {target.source})"
-    if code in (1045, 1698):
-        what = f"the server refused the account {account}, {place}: {text}"
-        hint = "check DB_USER and DB_PASSWORD"
-    elif code in (1049, 1054, 1146):
-        what = f"the queue's tables are missing in {place}: {text}"
-        hint = "run: queuectl db init"
-    elif code in (1044, 1142, 1143):
-        what = f"the account {account} lacks a right in {place}: {text}"
-        hint = (
-            "grant it (README, Accounts), or use another account; an administrator "
-            "makes the tables by: queuectl db schema | mysql -u root -p"
-        )
-    elif classify_error(error)[0] is ErrorClass.REPEAT:
-        what = f"others hold locks in {place}: {text}"
-        hint = "try again; a long transaction is in SHOW PROCESSLIST"
-    elif code in (2026, 2059, 3159):
-        what = f"no secure connection to {place}: {text}"
-        hint = "check DB_SSL_MODE and DB_SSL_CA"
-    elif _refused(error) and target.source == PRIVATE_FOLDER:
-        what = f"the private server of {place} is stopped"
-        hint = "run: queuectl db start"
-    elif _refused(error) and not target.explicit:
-        where = str(target).partition(" at ")[2]
-        where += f" (from {target.source})" if target.source != "default" else ""
-        what = (
-            f"no database is configured, and no server answers at {where}; "
-            "looked in the environment (DATABASE_URL, DB_HOST, DB_SOCKET), ./.env, "
-            f".env beside the script, ./{PRIVATE_FOLDER} and MySQL's option files"
-        )
-        hint = (
-            "set DB_HOST, DB_USER and DB_PASSWORD, or start a private server: "
-            "queuectl db start"
-        )
-    else:
-        what = f"cannot reach the database {place}: {text}"
-        hint = "check that the server runs, and DB_HOST, DB_PORT and DB_SOCKET"
-    return Unreachable(what, hint, UNAVAILABLE)
-
+# -- the tables
 
 def schema_of(row: object, database: str) -> int:
-    """The schema that a version row tells of; refused: newer than we may write."""
+    """Returns the schema that a version row tells of.
+
+    It raises a Problem for tables newer than we may write, or of no queue.
+    """
     words = str(row).split("/")
     if len(words) != 2 or not all(word.isdigit() for word in words):
-        raise Problem(
-            f"the database {database} has a config table without queuectl's "
-            "schema version: it is not a queue",
-            "name another database in DB_NAME",
-            UNAVAILABLE,
-        )
+        what = (f"the database {database} has a config table without queuectl's "
+                "schema version: it is not a queue")
+        hint = "name another database in DB_NAME"
+        raise Problem(what, hint, UNAVAILABLE)
     version, oldest_writer = map(int, words)
+    # A newer schema may still let this program write.
     if oldest_writer > SCHEMA_VERSION:
-        raise Problem(
-            f"the tables in {database} are of schema {version}, newer than "
-            f"this program ({VERSION}, schema {SCHEMA_VERSION})",
-            "install the newer queuectl.py on this host",
-            UNAVAILABLE,
-        )
+        what = (f"the tables in {database} are of schema {version}, newer than "
+                f"this program ({VERSION}, schema {SCHEMA_VERSION})")
+        hint = "install the newer queuectl.py on this host"
+        raise Problem(what, hint, UNAVAILABLE)
     return version
 
-
 def check_schema(row: object, database: str) -> None:
-    """Refuse tables that this program does not know."""
+    """Raises a Problem for tables that this program does not know."""
     version = schema_of(row, database)
     if version < SCHEMA_VERSION:
-        raise Problem(
-            f"the tables in {database} are of schema {version}, older than "
-            f"this program needs ({SCHEMA_VERSION})",
-            "run: queuectl db init",
-            UNAVAILABLE,
-        )
-
-
-def placeholders(values: Collection[object]) -> str:
-    return ", ".join(["%s"] * len(values))
-
-
-def batched_inserts(
-    cursor: Cursor,
-    packet_bytes: int,
-    head: str,
-    rows: Iterable[tuple[str, Values]],
-    tail: str,
-) -> Iterator[str]:
-    """INSERTs of `rows`, each (template, values), of a quarter packet at most."""
-    limit, size = packet_bytes // 4, 0
-    parts: list[str] = []
-    for template, values in rows:
-        part = cursor.mogrify(template, values)
-        length = sent_bytes(part)
-        if length > packet_bytes - 4096:  # sent, it would look like an outage
-            raise _Driver().OperationalError(1153, f"a row of {length} bytes")
-        if parts and (size + length > limit or len(parts) >= 1000):
-            yield f"{head} {', '.join(parts)} {tail}"
-            parts, size = [], 0
-        parts.append(part)
-        size += length + 2
-    if parts:
-        yield f"{head} {', '.join(parts)} {tail}"
-
+        what = (f"the tables in {database} are of schema {version}, older than "
+                f"this program needs ({SCHEMA_VERSION})")
+        raise Problem(what, "run: queuectl db init", UNAVAILABLE)
 
 def init_database(target: ConnectionInfo) -> str:
-    """Create the database and its tables, or upgrade them; says what was done.
+    """Creates or upgrades the database and its tables; says what was done.
 
-    Refused, with nothing changed: tables newer than this program, and a `jobs` table
-    that is not ours. Two at once wait for each other by a named lock.
+    Refused, with nothing changed: tables newer than this program, and a `jobs`
+    table that is not ours. Two at once wait for each other by a named lock.
     """
-    name, lock = quote_name(target.database), f"queuectl:{target.database}"[:64]
-
     def work(cursor: Cursor) -> str:
-        if not cursor.value(
-            "SELECT COUNT(*) FROM information_schema.schemata WHERE schema_name = %s",
-            target.database,
-        ):
-            cursor.execute(
-                f"CREATE DATABASE IF NOT EXISTS {name} "
-                "DEFAULT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
-            )
-        cursor.execute(f"USE {name}")
+        """Returns what was done, as a sentence."""
+        _enter_database(cursor, target.database)
+        lock = f"queuectl:{target.database}"[:64]
         if not cursor.value("SELECT GET_LOCK(%s, 10)", lock):
-            raise Problem("another queuectl db init is at work", "try again soon")
-        # While we wait for the end of a long transaction all others wait for us.
+            what = "another queuectl db init is at work"
+            raise Problem(what, "try again soon")
+        # While we wait for a long transaction all others wait for us.
         cursor.execute("SET SESSION lock_wait_timeout = 1")
         found = _existing_schema(cursor, target.database)
         if found <= SCHEMA_VERSION:
             _upgrade(cursor, found)
-        done = (
-            f"{SCHEMA_VERSION} created"
-            if not found
-            else f"{found} is there already"
-            if found >= SCHEMA_VERSION
-            else f"{found} upgraded to {SCHEMA_VERSION}"
-        )
+        if not found:
+            done = f"{SCHEMA_VERSION} created"
+        elif found >= SCHEMA_VERSION:
+            done = f"{found} is there already"
+        else:
+            done = f"{found} upgraded to {SCHEMA_VERSION}"
         return f"schema {done} in {target}"
-
     # Closing lets the lock go.
     with contextlib.closing(Database(target, UPGRADING, bare=True)) as database:
         return database.read(work)
 
+def _enter_database(cursor: Cursor, database: str) -> None:
+    """Enters the database, and creates it first where there is none."""
+    # CREATE DATABASE needs a right that the account may lack, also where there
+    # is nothing left to create.
+    there = cursor.value(
+        "SELECT COUNT(*) FROM information_schema.schemata "
+        "WHERE schema_name = %s", database)
+    name = quote_name(database)
+    if not there:
+        cursor.execute(
+            f"CREATE DATABASE IF NOT EXISTS {name} "
+            "DEFAULT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin")
+    cursor.execute(f"USE {name}")
 
 def _existing_schema(cursor: Cursor, database: str) -> int:
-    """0: there is none, or one whose making broke off."""
+    """Returns the schema; 0 if there is none, or its making broke off."""
     tables = cursor.rows(
-        str,
-        "SELECT table_name FROM information_schema.tables WHERE table_schema = %s",
-        database,
-    )
+        str, "SELECT table_name FROM information_schema.tables "
+        "WHERE table_schema = %s", database)
     if "config" in tables:
         version = cursor.value(SCHEMA_ROW)
-        if (
-            version is not None
-            or "jobs" in tables
-            or cursor.rows(str, "SELECT value FROM config LIMIT 1")
-        ):
+        # A making that broke off may leave an empty config table alone.
+        ours = version is not None or "jobs" in tables
+        if ours or cursor.rows(str, "SELECT value FROM config LIMIT 1"):
             return schema_of(version, database)
     elif "jobs" in tables:
-        raise Problem(
-            f"{database} has a jobs table that is not queuectl's: nothing was changed",
-            "name another database in DB_NAME",
-            UNAVAILABLE,
-        )
+        what = (f"{database} has a jobs table that is not queuectl's: nothing "
+                "was changed")
+        hint = "name another database in DB_NAME"
+        raise Problem(what, hint, UNAVAILABLE)
     return 0
 
-
 def _upgrade(cursor: Cursor, found: int) -> None:
-    """Add what is missing. Broken off, it is done again from its beginning."""
+    """Adds what is missing; broken off, it is done again from its beginning."""
     for statement in schema_statements():
         cursor.execute(statement)
     for step in UPGRADES:
         there = cursor.rows(
-            str,
-            "SELECT 1 FROM information_schema.columns WHERE table_schema = "
-            "DATABASE() AND (table_name, column_name) = (%s, %s) UNION ALL "
-            "SELECT 1 FROM information_schema.statistics WHERE table_schema = "
-            "DATABASE() AND (table_name, index_name) = (%s, %s)",
-            *step.adds * 2,
-        )
+            str, """
+            SELECT 1 FROM information_schema.columns
+             WHERE table_schema = DATABASE()
+               AND (table_name, column_name) = (%s, %s)
+             UNION ALL
+            SELECT 1 FROM information_schema.statistics
+             WHERE table_schema = DATABASE()
+               AND (table_name, index_name) = (%s, %s)
+            """, *step.adds, *step.adds)
         if found < step.to and not there:
             cursor.execute(step.statement)
+    # The version comes last: until it stands, the upgrade is not done.
     cursor.execute(
         "UPDATE config SET value = %s WHERE `key` = 'schema_version'",
-        (f"{SCHEMA_VERSION}/{OLDEST_WRITER}",),
-    )
+        (f"{SCHEMA_VERSION}/{OLDEST_WRITER}",))
 
 
 # ---- job model ---------------------------------------------------------------
@@ -3172,22 +3476,44 @@ def resolve_blocked(cursor: Cursor, seqs: Sequence[int]) -> list[int]:
 
 # ---- enqueue -----------------------------------------------------------------
 #
-# A job's way into the table. Everything is checked and spooled before the first INSERT:
-# a bad line refuses the whole input, and a pipe cannot be read again. The id is made
-# before the INSERT, so that a repeat is recognised.
+# A job's way into the table. Whatever was checked is spooled to disk first, so
+# a million jobs take no memory, and is then committed in one transaction: all
+# of it, or nothing. A job has its id before it is sent: after a COMMIT whose
+# answer was lost its row can be looked for, and whoever enqueued it can repeat
+# it under the same id. Nothing here claims a job, or wakes a worker.
 
-STAGED, STAGED_FROM, RELEASED_AT_ONCE = "staged ", 200_000, 2000
+# A huge enqueue stays uncommitted for seconds, and each claim would have to
+# come by its rows. So from this many jobs on they are staged: they go in as
+# `blocked`, where no claim looks, and are made pending after the COMMIT. A row
+# of `config`, whose key is STAGED and the batch, tells the workers of them: if
+# whoever enqueued them dies, a worker releases the rest.
+STAGED = "staged "
+STAGED_FROM = 200_000
+RELEASED_AT_ONCE = 2000
+# From this many jobs on the next INSERT is made while the last one is sent.
+PREFETCHED_FROM = 1000
 
+# The keys that a job names, in their order.
+Shape = Tuple[str, ...]
+
+class RowTemplate(NamedTuple):
+    """How jobs that name the same keys are written."""
+    text: str  # one row of VALUES
+    order: list[int]  # which of the job's values are bound into it
 
 class Spool:
-    """Checked jobs on disk: a million of them take no memory."""
+    """Checked jobs on disk: a million of them take no memory.
 
+    A line holds the number of a job's shape, and the job's values.
+    """
     def __init__(self) -> None:
+        """Opens a file that has no name, and so vanishes with this process."""
         self._file: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")
         self._count = 0
-        self._shapes: dict[tuple[str, ...], int] = {}  # which keys a job names
-        self.columns: list[str] = []
-        self.first_id, self.linked = "", False  # linked: some wait for others
+        self._shapes: dict[Shape, int] = {}
+        self.columns: list[str] = []  # those that any of the jobs names
+        self.first_id = ""
+        self.linked = False  # whether some wait for others
         self.queues: set[str] = set()
 
     def __len__(self) -> int:
@@ -3197,279 +3523,441 @@ class Spool:
         for shape, values in self._read():
             yield dict(zip(shape, values))
 
-    def _read(self) -> Iterator[tuple[tuple[str, ...], list[object]]]:
+    def _read(self) -> Iterator[tuple[Shape, list[object]]]:
+        """Yields each job's shape and values, in the order they came in."""
         shapes = list(self._shapes)
         self._file.seek(0)
         for line in self._file:
-            shape, *values = json.loads(line)
-            yield shapes[shape], values
+            number, *values = json.loads(line)
+            shape = shapes[number]
+            yield shape, values
 
     def add(self, values: JobValues) -> None:
+        """Spools one checked job, signed if this user has a signing key."""
         if signing_key():
-            values = {**values, "signature": sign(*map(values.get, SIGNED))}
-        shape = self._shapes.get(tuple(values))
-        if shape is None:
-            shape = self._shapes[tuple(values)] = len(self._shapes)
-            named = [COLUMN_OF.get(name, name) for name in values if name not in NEEDS]
-            self.columns += [name for name in named if name not in self.columns]
-            self.linked = self.linked or bool(NEEDS.keys() & values.keys())
-            self.first_id = self.first_id or str(values["id"])
-        self._file.write(json.dumps([shape, *values.values()]) + "\n")
-        self.queues.add(str(values.get("queue", "default")))
+            parts = [values.get(name) for name in SIGNED]
+            signature = sign(*parts)
+            values = {**values, "signature": signature}
+        shape = tuple(values)
+        if shape not in self._shapes:
+            self._add_shape(shape)
+        number = self._shapes[shape]
+        line = json.dumps([number, *values.values()])
+        self._file.write(line + "\n")
         self._count += 1
+        if not self.first_id:
+            self.first_id = str(values["id"])
+        queue_name = values.get("queue", "default")
+        self.queues.add(str(queue_name))
 
-    def rows(
-        self, batch: str, staged: Mapping[str, str]
-    ) -> Iterator[tuple[str, list[object]]]:
-        """The VALUES template of each job, DEFAULT where it says nothing; values.
+    def _add_shape(self, shape: Shape) -> None:
+        """Numbers a new shape, and notes which columns it asks for."""
+        number = len(self._shapes)
+        self._shapes[shape] = number
+        for name in shape:
+            column = COLUMN_OF.get(name, name)
+            if name in NEEDS:
+                self.linked = True
+            elif column not in self.columns:
+                self.columns.append(column)
 
-        What would be pending gets what `staged` says.
+    def columns_with(self, staged: Mapping[str, str]) -> list[str]:
+        """Returns the columns of the INSERT: the jobs' own, and `staged`."""
+        columns = list(self.columns)
+        for column in staged:
+            if column not in columns:
+                columns.append(column)
+        return columns
+
+    def rows(self, batch: str,
+             staged: Mapping[str, str]) -> Iterator[tuple[str, list[object]]]:
+        """Yields each job as a row of VALUES, and what is bound into that.
+
+        A job that would be pending gets the SQL values of `staged` instead.
         """
-        templates: dict[tuple[str, ...], tuple[str, list[int]]] = {}
+        columns = self.columns_with(staged)
+        templates: dict[Shape, RowTemplate] = {}
         for shape, values in self._read():
-            if shape not in templates:
-                said = {
-                    COLUMN_OF.get(name, name): name
-                    for name in shape
-                    if name not in NEEDS
-                }
-                literal = {} if "state" in said else staged
-                columns = list(dict.fromkeys([*self.columns, *staged]))
-                parts = [
-                    EXPRESSIONS.get(said[column], "%s")
-                    if column in said
-                    else literal.get(column, "DEFAULT")
-                    for column in columns
-                ]
-                order = [shape.index(said[one]) for one in columns if one in said]
-                templates[shape] = f"({', '.join(parts)}, '{batch}')", order
-            template, order = templates[shape]
-            yield template, [values[at] for at in order]
+            template = templates.get(shape)
+            if template is None:
+                template = _row_template(shape, columns, batch, staged)
+                templates[shape] = template
+            bound = [values[at] for at in template.order]
+            yield template.text, bound
 
+def _row_template(shape: Shape, columns: Sequence[str], batch: str,
+                  staged: Mapping[str, str]) -> RowTemplate:
+    """Returns how jobs of this shape are written into these columns."""
+    position: dict[str, int] = {}
+    for at, name in enumerate(shape):
+        # What a job waits for is no column: it becomes rows of its own.
+        if name not in NEEDS:
+            column = COLUMN_OF.get(name, name)
+            position[column] = at
+    # Whoever names a state is scheduled or blocked, and stays it: no claim
+    # comes by such a row anyway.
+    others = {} if "state" in position else staged
+    parts: list[str] = []
+    order: list[int] = []
+    for column in columns:
+        if column in position:
+            at = position[column]
+            part = EXPRESSIONS.get(shape[at], "%s")
+            order.append(at)
+        else:
+            # Another job of the spool names it.
+            part = others.get(column, "DEFAULT")
+        parts.append(part)
+    parts.append(f"'{batch}'")
+    row = ", ".join(parts)
+    return RowTemplate(f"({row})", order)
 
-def spool_lines(file: Iterable[bytes], as_json: bool, defaults: JobValues) -> Spool:
-    """Every line of `file` as a job; a bad one is named by its number."""
-    spool, kind = Spool(), JOB_KEYS["command"].kind
-    plain = {} if as_json else complete_job({"command": ""}, defaults)
+# -- lines of a file
+
+def spool_lines(file: Iterable[bytes], as_json: bool,
+                defaults: JobValues) -> Spool:
+    """Spools every line of `file` as a job: its JSON, or else its command.
+
+    A bad line is a Problem that names its number; empty ones are passed over.
+    """
+    spool = Spool()
+    plain: JobValues = {}
+    if not as_json:
+        # Such jobs differ by id and command alone: the rest is completed once.
+        plain = complete_job({"command": ""}, defaults)
     for position, raw in enumerate(file, 1):
         if not raw.strip():
             continue
+        # What Windows has saved may begin with a byte order mark.
+        encoding = "utf-8-sig" if position == 1 else "utf-8"
         try:
-            line = raw.decode("utf-8-sig" if position == 1 else "utf-8").rstrip("\r\n")
+            line = raw.decode(encoding).rstrip("\r\n")
             if as_json:
-                spool.add(check_job(parse_json(line), defaults))
+                job = check_job(parse_json(line), defaults)
             else:
-                spool.add(
-                    {
-                        **plain,
-                        "id": defaults.get("id") or new_id(),
-                        "command": kind.read(line, "command"),
-                    }
-                )
+                job = _job_of_line(line, plain, defaults)
+            spool.add(job)
         except UnicodeDecodeError:
             raise Problem(
-                f"line {position}: not UTF-8; nothing was enqueued", status=USAGE
-            ) from None
+                f"line {position}: not UTF-8; nothing was enqueued",
+                status=USAGE) from None
         except Problem as problem:
             raise Problem(
                 f"line {position}: {problem.what}; nothing was enqueued",
                 problem.hint,
-                USAGE,
-            ) from None
+                USAGE) from None
     return spool
 
+def _job_of_line(line: str, plain: JobValues,
+                 defaults: JobValues) -> dict[str, object]:
+    """Returns the job whose command is this line, else as in `plain`."""
+    kind = JOB_KEYS["command"].kind
+    command = kind.read(line, "command")
+    job_id = defaults.get("id") or new_id()
+    return {**plain, "id": job_id, "command": command}
 
-def prefetch(items: Iterator[str]) -> Iterator[str]:
-    """The same items, each made by a thread while the one before it is used."""
-    from concurrent.futures import ThreadPoolExecutor
+# -- into the table
 
-    with ThreadPoolExecutor(1) as maker:
-        item = maker.submit(next, items, "")
-        while found := item.result():
-            item = maker.submit(next, items, "")
-            yield found
+class Batch:
+    """One spool's jobs on their way into the table.
 
-
-def enqueue(database: Database, spool: Spool, if_absent: bool) -> dict[str, str]:
-    """Commit all jobs of the spool, or none.
-
-    `if_absent` passes over ids and unique keys in use: for each such key the id of
-    the job that was to have it, and of the one that has it.
+    Their rows carry the batch, a random text that no other enqueue has. It
+    tells our rows from others with the same ids: after a COMMIT whose answer
+    was lost, and where --if-absent passes over jobs that were there before.
     """
-    batch = secrets.token_hex(8)
-    staged: dict[str, str] = {}
-    moment = f"9000-01-01 00:00:00.{int(batch, 16) % 10**6:06}"
-    if len(spool) > STAGED_FROM:
-        staged = {"state": f"'{State.BLOCKED}'", "next_run_at": f"'{moment}'"}
-    columns = ", ".join(dict.fromkeys([*spool.columns, *staged]))
-    head = f"INSERT INTO jobs ({columns}, batch) VALUES"
-    tail = "ON DUPLICATE KEY UPDATE batch = jobs.batch" if if_absent else ""
+    def __init__(self, spool: Spool, if_absent: bool) -> None:
+        """Names the batch, and decides whether it is staged."""
+        self.spool = spool
+        self.if_absent = if_absent
+        self.name = secrets.token_hex(8)
+        # Staged rows are found again by this next_run_at, which is indexed. It
+        # lies so far ahead that nobody takes them for due; its microseconds
+        # tell batches apart that are staged at the same time.
+        number = int(self.name, 16)
+        microseconds = number % 10**6
+        self.moment = f"9000-01-01 00:00:00.{microseconds:06}"
+        self.staged: dict[str, str] = {}  # columns, with their SQL values
+        if len(spool) > STAGED_FROM:
+            self.staged["state"] = f"'{State.BLOCKED}'"
+            self.staged["next_run_at"] = f"'{self.moment}'"
 
-    def work(cursor: Cursor) -> dict[str, str]:
-        rows = spool.rows(batch, staged)
-        made = batched_inserts(cursor, database.packet_bytes, head, rows, tail)
-        for one in prefetch(made) if len(spool) > 1000 else made:
-            cursor.execute(one)
-        if staged:
+    def insert(self, cursor: Cursor, packet_bytes: int) -> dict[str, str]:
+        """Inserts the jobs.
+
+        Returns, with if_absent, the ids of those whose unique key another job
+        has, each with the id of that job.
+        """
+        inserts = self._inserts(cursor, packet_bytes)
+        if len(self.spool) > PREFETCHED_FROM:
+            inserts = prefetch(inserts)
+        for statement in inserts:
+            cursor.execute(statement)
+        if self.staged:
+            # With if_absent the whole may be done twice.
             cursor.execute(
                 "INSERT INTO config (`key`, value) VALUES (%s, %s) "
                 "ON DUPLICATE KEY UPDATE value = VALUES(value)",
-                (STAGED + batch, moment),
-            )
-        if spool.linked:
-            add_dependencies(cursor, spool, batch)
-        return dict(key_holders(cursor, spool)) if if_absent else {}
+                (STAGED + self.name, self.moment))
+        if self.spool.linked:
+            add_dependencies(cursor, self.spool, self.name)
+        if self.if_absent:
+            return dict(key_holders(cursor, self.spool))
+        return {}
 
-    def verify(cursor: Cursor) -> dict[str, str] | None:
-        ours = "SELECT seq FROM jobs WHERE id = %s AND batch = %s FOR UPDATE"
-        return {} if cursor.value(ours, spool.first_id, batch) else None
+    def _inserts(self, cursor: Cursor, packet_bytes: int) -> Iterator[str]:
+        """Yields the INSERTs, each of a quarter packet at most."""
+        columns = self.spool.columns_with(self.staged)
+        head = f"INSERT INTO jobs ({', '.join(columns)}, batch) VALUES"
+        tail = ""
+        if self.if_absent:
+            # A row that is there stays as it is.
+            tail = "ON DUPLICATE KEY UPDATE batch = jobs.batch"
+        rows = self.spool.rows(self.name, self.staged)
+        return batched_inserts(cursor, packet_bytes, head, rows, tail)
 
+    def verify(self, cursor: Cursor) -> dict[str, str] | None:
+        """Returns what `insert` returned, if the batch is there; else None."""
+        # One row stands for all, for they were committed together. It is
+        # locked: a COMMIT that is still under way has to end first.
+        ours = cursor.value(
+            "SELECT seq FROM jobs WHERE id = %s AND batch = %s FOR UPDATE",
+            self.spool.first_id, self.name)
+        return {} if ours else None
+
+    def release(self, cursor: Cursor) -> int:
+        """Makes some of the jobs pending; returns how many, at the end 0."""
+        key = STAGED + self.name
+        return release_staged(cursor, key, self.moment)
+
+def enqueue(database: Database, spool: Spool,
+            if_absent: bool) -> dict[str, str]:
+    """Commits all jobs of the spool, or none.
+
+    `if_absent` passes over ids and unique keys that are in use. Returned is,
+    for each job that was passed over for its unique key, its id with the id of
+    the job that has the key. A job that is refused is a Problem.
+    """
+    batch = Batch(spool, if_absent)
+    def work(cursor: Cursor) -> dict[str, str]:
+        # How much a packet may hold is known once there is a connection.
+        return batch.insert(cursor, database.packet_bytes)
+    # With if_absent the work may as well be done twice: the second time
+    # passes over the rows of the first.
+    verify = None if if_absent else batch.verify
     try:
-        held = database.transact(work, None if if_absent else verify)
+        holders = database.transact(work, verify)
     except Unreachable as problem:
         if problem.sent:
-            also = f" and {len(spool) - 1} more" if len(spool) > 1 else ""
-            problem.hint = (
-                f"unknown whether accepted: id {spool.first_id}{also}; "
-                "repeat with --if-absent"
-            )
+            problem.hint = _unknown_whether_accepted(spool)
         raise
     except RowRefused as refused:
         raise _explain_refusal(database, refused, spool) from None
-    with contextlib.suppress(Problem):  # it is accepted: else the workers do the rest
-        released = len(staged)
-        while released:
-            released = database.transact(
-                lambda cursor: release_staged(cursor, STAGED + batch, moment)
-            )
-    return held
+    if batch.staged:
+        # The jobs are accepted: if this fails, the workers do the rest.
+        with contextlib.suppress(Problem):
+            while database.transact(batch.release):
+                pass
+    return holders
 
+def prefetch(items: Iterator[str]) -> Iterator[str]:
+    """Yields the same texts, each made by a thread while the last one is used.
+
+    So an INSERT is put together while the server works on the one before it:
+    one costs about as much as the other. An empty text would be taken for the
+    end.
+    """
+    # It takes milliseconds to load, which a small enqueue need not spend.
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(1) as maker:
+        coming = maker.submit(next, items, "")
+        while True:
+            item = coming.result()
+            if not item:
+                return
+            coming = maker.submit(next, items, "")
+            yield item
 
 def key_holders(cursor: Cursor, spool: Spool) -> Iterator[tuple[str, str]]:
-    """For each job whose unique key another job has: its id, and the other's."""
-    for page in batched(
-        (str(job["unique"]), str(job["id"])) for job in spool if "unique" in job
-    ):
-        keys = dict(page)
-        found = dict(
-            cursor.rows(
-                lambda *row: row,
-                "SELECT live_key, id FROM jobs WHERE live_key IN %s",
-                [*keys],
-            )
-        )
-        yield from (
-            (job_id, holder)
-            for key, job_id in page
-            if (holder := found.get(key, job_id)) != job_id
-        )
+    """Yields each job whose unique key another has: its id, and the other's."""
+    for page in batched(_unique_keys(spool)):
+        # live_key is the unique key of a job that has not ended.
+        keys = [key for key, _ in page]
+        holders: dict[str, str] = cursor.pairs(
+            "SELECT live_key, id FROM jobs WHERE live_key IN %s", keys)
+        for key, job_id in page:
+            holder = holders.get(key, job_id)
+            if holder != job_id:
+                yield job_id, holder
 
+def _unique_keys(spool: Spool) -> Iterator[tuple[str, str]]:
+    for job in spool:
+        if "unique" in job:
+            yield str(job["unique"]), str(job["id"])
 
 def release_staged(cursor: Cursor, key: str, moment: str) -> int:
-    """Make some jobs of a staged batch pending; how many, 0 once it is done with.
+    """Makes some jobs of a staged batch pending; returns how many.
 
-    A huge enqueue would lie in the claims' way for as long as it is not committed. So
-    its rows are blocked, where no claim comes by, and one config row tells of them.
+    0: there were none left, and the row of `config` that told of them is gone.
+    It takes few at a time, for it locks them against the claims; enqueuer and
+    workers may release the same batch at once.
     """
-    blocked = "FROM jobs FORCE INDEX (jobs_due) WHERE state = 'blocked' AND next_run_at"
     seqs = cursor.rows(
         int,
-        f"SELECT seq {blocked} = %s ORDER BY seq LIMIT {RELEASED_AT_ONCE} FOR UPDATE",
-        moment,
-    )
+        f"""
+        SELECT seq FROM jobs FORCE INDEX (jobs_due)
+         WHERE state = 'blocked' AND next_run_at = %s
+         ORDER BY seq
+         LIMIT {RELEASED_AT_ONCE}
+           FOR UPDATE
+        """, moment)
     if seqs:
         return move(cursor, "release", seqs, next_run_at=Sql("created_at"))
     cursor.execute("DELETE FROM config WHERE `key` = %s", (key,))
     return 0
 
+# -- what may go wrong
 
-def _explain_refusal(database: Database, refused: RowRefused, spool: Spool) -> Problem:
+DUPLICATE_ENTRY = 1062  # the server's code for a key that is there already
+
+def _unknown_whether_accepted(spool: Spool) -> str:
+    """Returns the hint where a COMMIT was sent and not answered."""
+    jobs = f"id {spool.first_id}"
+    others = len(spool) - 1
+    if others:
+        jobs += f" and {others} more"
+    return f"unknown whether accepted: {jobs}; repeat with --if-absent"
+
+def _explain_refusal(database: Database, refused: RowRefused,
+                     spool: Spool) -> Problem:
+    """Returns what to tell of a row that the server did not take."""
+    # The server's text alone says which value it was, and of which index.
     taken = re.search(r"Duplicate entry '(.*)' for key", refused.text)
-    if refused.code != 1062 or not taken:
-        return Problem(
-            f"the server refused a job: {refused.text}", "nothing was enqueued", USAGE
-        )
-    hint = "nothing was enqueued; --if-absent passes over ids and keys in use"
+    if refused.code != DUPLICATE_ENTRY or not taken:
+        return Problem(f"the server refused a job: {refused.text}",
+                       "nothing was enqueued", USAGE)
+    entry = taken[1]
     if "jobs_live_key" in refused.text:
-        holders = dict(database.read(lambda cursor: list(key_holders(cursor, spool))))
-        for job in spool:
-            if job["id"] in holders:
-                return Problem(
-                    f"key {job['unique']} is held by job {holders[str(job['id'])]}",
-                    hint,
-                )
-        return Problem(f"key {taken[1]} stands twice in the input", hint)
-    states = database.rows(
-        "a {} job has it".format, "SELECT state FROM jobs WHERE id = %s", taken[1]
-    )
+        what = _who_holds_key(database, entry, spool)
+    else:
+        what = _who_has_id(database, entry)
     return Problem(
-        f"id {taken[1]} is taken: "
-        f"{states[0] if states else 'it stands twice in the input'}",
-        hint,
-    )
+        what,
+        "nothing was enqueued; --if-absent passes over ids and keys in use")
 
+def _who_holds_key(database: Database, key: str, spool: Spool) -> str:
+    """Says which job has the first key of the spool that is in use."""
+    def find(cursor: Cursor) -> dict[str, str]:
+        return dict(key_holders(cursor, spool))
+    holders = database.read(find)
+    for job in spool:
+        job_id = str(job["id"])
+        holder = holders.get(job_id)
+        if holder:
+            return f"key {job['unique']} is held by job {holder}"
+    return f"key {key} stands twice in the input"
+
+def _who_has_id(database: Database, job_id: str) -> str:
+    """Says what has this id: a job, or another one of the same input."""
+    states = database.rows(str, "SELECT state FROM jobs WHERE id = %s", job_id)
+    who = "it stands twice in the input"
+    if states:
+        who = f"a {states[0]} job has it"
+    return f"id {job_id} is taken: {who}"
+
+# -- jobs that wait for others
+
+class Edge(NamedTuple):
+    """One job that waits for another: their ids, and what it needs of it."""
+    child: str
+    parent: str
+    needs: str
+
+def _edges(spool: Spool) -> Iterator[Edge]:
+    """Yields what the spool's jobs wait for."""
+    for job in spool:
+        child = str(job["id"])
+        for key, needs in NEEDS.items():
+            parents = as_list(job.get(key))
+            for parent in parents:
+                yield Edge(child, str(parent), needs)
 
 def add_dependencies(cursor: Cursor, spool: Spool, batch: str) -> None:
-    """Enter what the spool's jobs wait for, and decide which of them need not.
+    """Enters what the spool's jobs wait for; releases what need not wait.
 
-    A parent is an older row, so no cycle can be made. Its row is locked, and marked,
-    from here to the COMMIT: whoever settles it comes before that, or sees the mark.
+    From here to the COMMIT the parents' rows are locked, and marked as having
+    children: whoever settles a parent has either done so before that, and we
+    see its end; or it does so later, and sees the mark.
     """
-    edges = (
-        (str(job["id"]), str(parent), needs)
-        for job in spool
-        for key, needs in NEEDS.items()
-        for parent in as_list(job.get(key))
-    )
-    for page in batched(edges):
-        ours, old = (
-            dict(
-                cursor.rows(
-                    lambda *row: row,
-                    "SELECT id, seq FROM jobs FORCE INDEX (jobs_id) "
-                    f"WHERE {only} id IN %s ORDER BY seq FOR UPDATE",
-                    [edge[end] for edge in page],
-                )
-            )
-            for end, only in enumerate((f"batch = '{batch}' AND", ""))
-        )
-        rows = []
-        for child, parent, needs in page:
-            if child in ours:  # else it was there already
-                if old.get(parent, ours[child]) >= ours[child]:
-                    raise Problem(
-                        f"job {child} cannot wait for {parent}: there is no "
-                        "such job before it",
-                        "a finished one may have been purged; nothing was enqueued",
-                        USAGE,
-                    )
-                rows.append((old[parent], ours[child], needs))
-        if rows:
-            cursor.defer(
-                "UPDATE jobs FORCE INDEX (PRIMARY) SET has_children = 1 "
-                "WHERE seq IN %s",
-                [[row[0] for row in rows]],
-            )
-            cursor.defer(
-                "INSERT INTO dependencies (parent, child, needs) VALUES "
-                f"{placeholders(rows)} ON DUPLICATE KEY UPDATE "
-                "needs = VALUES(needs)",
-                rows,
-            )
-    for ids in batched(str(job["id"]) for job in spool if any(map(job.get, NEEDS))):
-        release_children(
-            cursor,
-            resolve_blocked(
-                cursor,
-                cursor.rows(
-                    int,
-                    "SELECT seq FROM jobs FORCE INDEX (jobs_id) WHERE batch = %s AND "
-                    "id IN %s",
-                    batch,
-                    ids,
-                ),
-            ),
-        )
+    for page in batched(_edges(spool)):
+        _add_edges(cursor, page, batch)
+    for ids in batched(_waiting_ids(spool)):
+        seqs = cursor.rows(
+            int, "SELECT seq FROM jobs FORCE INDEX (jobs_id) "
+            "WHERE batch = %s AND id IN %s", batch, ids)
+        # A parent may have ended long ago, and so may never settle again.
+        died = resolve_blocked(cursor, seqs)
+        release_children(cursor, died)
+
+def _waiting_ids(spool: Spool) -> Iterator[str]:
+    for job in spool:
+        if any(job.get(key) for key in NEEDS):
+            yield str(job["id"])
+
+def _add_edges(cursor: Cursor, page: Sequence[Edge], batch: str) -> None:
+    """Writes these edges; one to a job that is not older is a Problem."""
+    child_ids = [edge.child for edge in page]
+    parent_ids = [edge.parent for edge in page]
+    children = _lock_ids(cursor, f"batch = '{batch}' AND", child_ids)
+    parents = _lock_ids(cursor, "", parent_ids)
+    rows = _edge_rows(page, children, parents)
+    if not rows:
+        return
+    marked = [parent for parent, _, _ in rows]
+    cursor.defer(
+        "UPDATE jobs FORCE INDEX (PRIMARY) SET has_children = 1 "
+        "WHERE seq IN %s", [marked])
+    # A job may name a parent in both ways, and the stricter one is read last:
+    # that is the one to stay.
+    cursor.defer(
+        "INSERT INTO dependencies (parent, child, needs) "
+        f"VALUES {placeholders(rows)} "
+        "ON DUPLICATE KEY UPDATE needs = VALUES(needs)", rows)
+
+def _edge_rows(page: Sequence[Edge], children: Mapping[str, int],
+               parents: Mapping[str, int]) -> list[tuple[int, int, str]]:
+    """Returns these edges as rows of `dependencies`."""
+    rows = []
+    for edge in page:
+        child = children.get(edge.child)
+        if child is None:
+            # It was there already, and --if-absent leaves it as it is.
+            continue
+        parent = parents.get(edge.parent)
+        # Since a parent's row is the older one, no cycle can be made.
+        if parent is None or parent >= child:
+            raise Problem(
+                f"job {edge.child} cannot wait for {edge.parent}: there is no "
+                "such job before it",
+                "a finished one may have been purged; nothing was enqueued",
+                USAGE)
+        rows.append((parent, child, edge.needs))
+    return rows
+
+def _lock_ids(cursor: Cursor, only: str,
+              ids: Sequence[str]) -> dict[str, int]:
+    """Locks the jobs of these ids, and returns their seqs.
+
+    They are locked in the order of seq, as everywhere: two who lock the same
+    rows then meet at the first of them, and not crosswise.
+    """
+    found: dict[str, int] = cursor.pairs(
+        f"""
+        SELECT id, seq FROM jobs FORCE INDEX (jobs_id)
+         WHERE {only} id IN %s
+         ORDER BY seq
+           FOR UPDATE
+        """, ids)
+    return found
 
 
 # ---- claim -------------------------------------------------------------------
@@ -4495,609 +4983,893 @@ class TurnTaker:
 
 # ---- queries -----------------------------------------------------------------
 #
-# What status, list, show and wait ask. Nothing here changes a row.
+# What status, list, show and wait ask. Every answer is a record, whose fields
+# are what --json prints, in their order. Nothing here changes a row or takes a
+# lock, and what may be large is capped or read page by page: a question must
+# not slow down a queue of millions.
+
+# Counting goes no further than this, unless an exact count is asked for.
+COUNTED_UP_TO = 100_000
+# So many rows are sorted by age sooner than all jobs are walked by age.
+SORTED_UP_TO = 10_000
+PAGE = 1000  # rows of one statement, where all are read
+NO_LIMIT = 1 << 63  # more than any seq or count, and still a BIGINT UNSIGNED
+
+# -- records
+
+@dataclass(frozen=True)
+class WorkerRow:
+    """A worker that is not lost."""
+    id: str
+    host: str
+    pid: int
+    slots: int
+    busy: int  # how many of its slots run a job
+    queues: list[str]  # empty: all
+    heartbeat_at: str | None
+    state: str  # or `silent`: no heartbeat for longer than a lease
+
+    def serves(self, queue_name: str) -> bool:
+        return not self.queues or queue_name in self.queues
+
+class WorkerColumns(NamedTuple):
+    """The same, as the database gives it, by the columns' names."""
+    id: str
+    host: str
+    pid: int
+    slots: int
+    busy: int
+    queues: str | None
+    heartbeat_at: Moment
+    state: str
+
+@dataclass(frozen=True)
+class QueueRow:
+    """A queue with pending or processing jobs, and how many of each."""
+    queue: str
+    pending: int
+    processing: int
+
+@dataclass(frozen=True)
+class QueueStats:
+    """A queue that has jobs to run or a limit, and how it moves."""
+    queue: str
+    depth: int
+    running: int
+    limit: int | None
+    paused: bool
+    oldest_waiting: str | None  # when that job was enqueued
+    rate: int  # runs that ended within the last minute
+
+@dataclass(frozen=True)
+class QueueLimit:
+    """What a person has set for a queue."""
+    name: str
+    max_running: int | None
+    paused_at: Moment
+
+    @property
+    def limits(self) -> bool:
+        return self.max_running is not None or self.paused_at is not None
+
+@dataclass(frozen=True)
+class DeadGroup:
+    """Dead letters that are alike but for the digits in their last line."""
+    count: int
+    exit_code: int | None
+    reason: str | None
+    last_line: str | None  # N for each number
+    last_died_at: str | None
+    example: str  # one job's id
+
+class DeadLetter(NamedTuple):
+    """A dead job, and when it died."""
+    row: JobRow
+    died_at: Moment
+
+@dataclass(frozen=True)
+class DeadJobRow(JobRow):
+    """A dead job and its dead letter, as one row of a join."""
+    died_at: Moment
+
+@dataclass(frozen=True)
+class FullJobRow(JobRow):
+    """A job with what only `show` prints."""
+    cwd: str | None
+    env: str | None
+
+def _job_row(wider: JobRow) -> JobRow:
+    """Returns the fields of a JobRow alone."""
+    # A job is printed field by field, and these must be its own.
+    names = [field.name for field in dataclasses.fields(JobRow)]
+    return JobRow(**{name: getattr(wider, name) for name in names})
+
+@dataclass(frozen=True)
+class TemplateRow:
+    """What a job like this one is enqueued with; named as the columns are."""
+    signature: str | None
+    id: str
+    command: str
+    cwd: str | None
+    env: str | None
+    on_failure: str | None
+    queue: str
+    priority: int
+    max_retries: int | None
+    timeout: float | None
+    backoff_base: float | None
+    permanent_exit_codes: str | None
+    on_lost: str | None
+    unique_key: str | None
+
+def states_of(database: Database, ids: Sequence[str]) -> dict[str, str]:
+    """Returns the present states of those jobs that are there, by id."""
+    # What cannot be an id is not asked for: the server might refuse it.
+    named = [one for one in ids if NAME.fullmatch(one)]
+    if not named:
+        return {}
+    found: dict[str, str] = database.pairs(
+        "SELECT id, state FROM jobs WHERE id IN %s", named)
+    return found
+
+def read_config(database: Database) -> dict[str, str]:
+    """Returns the stored settings; `config` has rows that are none, too."""
+    found: dict[str, str] = database.pairs("SELECT `key`, value FROM config")
+    return {key: value for key, value in found.items() if key in SETTINGS}
+
+# -- following a job
 
 SLOW_START_S = 2.0
-FOLLOWED_S = 0.3  # how often at least whoever follows a run reads its output
-COUNTED_UP_TO, SORTED_UP_TO = 100_000, 10_000
-PAGE = 1000
+# Whoever follows a run reads its output at least this often. For so long a
+# worker puts off the end of a run that wrote more than is kept: a follower is
+# to read the middle of it before it is cut out.
+FOLLOWED_S = 0.3
+# Pauses begin with this, so that a short job is told of at once, and grow by
+# half each time, so that a long one costs the server little.
+FIRST_PAUSE_S = 0.02
+WAITED_S_MAX = 0.25  # the longest pause of whoever waits for jobs to end
 
+class RunOutput(NamedTuple):
+    """A job's state, and what one of its runs has written."""
+    state: str
+    run: int | None  # None: it has no run yet
+    output_bytes: int | None
+    kept: bytes | None  # None: nothing that we have not read
+
+class OutputFollower:
+    """Reads a job's output while the job runs, through all its retries."""
+    def __init__(self, database: Database, job_id: str, run: int,
+                 when_slow: Thunk) -> None:
+        """Begins with run number `run`, or where that is 0 with the first."""
+        self._database = database
+        self._job_id = job_id
+        self._run = run
+        self._seen = 0  # how many bytes of this run were given out
+        self._pause_s = FIRST_PAUSE_S
+        self._when_slow = when_slow
+
+    def follow(self) -> Iterator[bytes]:
+        """Yields what is new, until the job has ended."""
+        slow_at = time.monotonic() + SLOW_START_S
+        while True:
+            found = self._read()
+            yield from self._new_output(found)
+            # A job's end and its last output are committed together: who sees
+            # the one has the other.
+            state = found[-1].state
+            if state in ENDED:
+                return
+            if time.monotonic() > slow_at:
+                # It is told once at most.
+                slow_at = math.inf
+                if state != State.PROCESSING and not self._run:
+                    self._when_slow()
+            time.sleep(self._pause_s)
+            self._pause_s = min(1.5 * self._pause_s, FOLLOWED_S / 3)
+
+    def _read(self) -> list[RunOutput]:
+        """Returns the present run and later ones, with output that is new."""
+        found = self._database.records(
+            RunOutput,
+            """
+            SELECT state, run, output_bytes,
+                   IF(run > %s OR output_bytes > %s, output, NULL) AS kept
+              FROM jobs LEFT JOIN runs ON job_seq = seq AND run >= %s
+             WHERE id = %s
+             ORDER BY run
+            """, self._run, self._seen, self._run, self._job_id)
+        if not found:
+            raise no_such_job(self._job_id)
+        return found
+
+    def _new_output(self, found: Iterable[RunOutput]) -> Iterator[bytes]:
+        """Yields what we have not seen of these runs."""
+        for row in found:
+            if row.run and row.run != self._run:
+                # The job was retried. The old run's row came before this one,
+                # so its last bytes are given out. Each run's are counted anew.
+                self._run = row.run
+                self._seen = 0
+            if row.kept and row.output_bytes:
+                yield output_since(row.kept, row.output_bytes, self._seen)
+                self._seen = row.output_bytes
+                # Where something came, more may come soon.
+                self._pause_s = FIRST_PAUSE_S
+
+class EndWaiter:
+    """Waits for jobs to end, no longer than its time allows."""
+    def __init__(self, database: Database, ids: Sequence[str],
+                 timeout_s: float) -> None:
+        """Begins to count its time now."""
+        self._database = database
+        # A set that keeps the order: what ends at once is told of in the order
+        # in which it was asked for.
+        self._left = dict.fromkeys(ids)
+        self._timeout_s = timeout_s
+        self._until = time.monotonic() + timeout_s
+
+    def wait(self, one_is_enough: bool) -> Iterator[ActionResult]:
+        """Yields each job as it ends, or the first alone.
+
+        It is a Problem when the time is up.
+        """
+        pause_s = FIRST_PAUSE_S
+        while True:
+            for page in batched(list(self._left)):
+                for result in self._ended(page):
+                    yield result
+                    # A job that is not there has not ended: go on.
+                    if one_is_enough and result.state:
+                        return
+            if not self._left:
+                return
+            left_s = self._until - time.monotonic()
+            if left_s <= 0:
+                raise self._too_late()
+            time.sleep(min(pause_s, left_s))
+            pause_s = min(1.5 * pause_s, WAITED_S_MAX)
+
+    def _ended(self, page: Sequence[str]) -> Iterator[ActionResult]:
+        """Yields those that have ended or are not there, and drops them."""
+        states = self._states(page)
+        for job_id in page:
+            state = states.get(job_id)
+            if state and state not in ENDED:
+                continue
+            del self._left[job_id]
+            error = no_such_job(job_id).what
+            if state:
+                error = f"job {job_id} is {state}"
+            completed = state == State.COMPLETED
+            yield ActionResult(job_id, completed, state, error, f"is {state}")
+
+    def _states(self, ids: Sequence[str]) -> dict[str, str]:
+        """Returns the present states of jobs.
+
+        An outage that lasts until our time is up counts as that: whoever asked
+        for a timeout is told of one.
+        """
+        policy = self._database.policy
+        left_s = max(0.0, self._until - time.monotonic())
+        self._database.policy = dataclasses.replace(
+            policy, retry_for_s=min(policy.retry_for_s, left_s))
+        try:
+            return states_of(self._database, ids)
+        except Unreachable:
+            if left_s > policy.retry_for_s:
+                raise
+            raise self._too_late() from None
+
+    def _too_late(self) -> Problem:
+        left = list(self._left)
+        waited = say_duration(self._timeout_s)
+        return Problem(f"not ended within {waited}: {abbreviated(left)}",
+                       f"see: queuectl explain {left[0]}", TIMED_OUT)
+
+# -- the store's questions
+
+def _nothing() -> None:
+    pass
 
 class JobQueries:
     """What a person asks of the queue."""
-
     def __init__(self, database: Database, settings: Settings) -> None:
-        self.database, self.rows = database, database.rows
-        self.retries = settings.max_retries
+        self.database = database
+        self.rows = database.rows
+        self.max_retries = settings.max_retries
         self._columns = job_columns(settings)
 
-    def jobs(
-        self, state: str | None, queue_name: str | None, limit: int
-    ) -> Iterator[JobRow]:
-        """The newest jobs first, read page by page; 0: all."""
-        where, values = self._filter(state, queue_name)
-        # Few of many are sorted; of what is frequent, the newest are found by walking.
-        matching = self.count_rows(f"jobs WHERE {where}", values, SORTED_UP_TO + 1)
-        index = "jobs_claim" if values and matching <= SORTED_UP_TO else "PRIMARY"
-        left, below = limit or sys.maxsize, 1 << 63
+    def jobs(self, state: str | None, queue_name: str | None,
+             limit: int) -> Iterator[JobRow]:
+        """Yields the newest jobs first; a limit of 0: all.
+
+        They are read page by page: there may be millions.
+        """
+        only = _job_condition(state, queue_name)
+        matching = self.count_rows(f"jobs WHERE {only.where}", only.values,
+                                   SORTED_UP_TO + 1)
+        # Few among many are found by their index, and sorted; of what is
+        # frequent, the newest are soon met by walking back from the end.
+        index = "PRIMARY"
+        if only.values and matching <= SORTED_UP_TO:
+            index = "jobs_claim"
+        statement = f"""
+            SELECT {self._columns}
+              FROM jobs FORCE INDEX ({index})
+             WHERE seq < %s AND {only.where}
+             ORDER BY seq DESC
+             LIMIT %s
+            """
+        left = limit or sys.maxsize
+        below = NO_LIMIT
         while left > 0:
-            views = self.rows(
-                JobRow,
-                f"SELECT {self._columns} FROM jobs FORCE INDEX ({index}) "
-                f"WHERE seq < %s AND {where} ORDER BY seq DESC LIMIT %s",
-                below,
-                *values,
-                min(PAGE, left),
-            )
-            yield from views
-            if len(views) < min(PAGE, left):
+            size = min(PAGE, left)
+            values = [below, *only.values, size]
+            page = self.database.records(JobRow, statement, *values)
+            yield from page
+            if len(page) < size:
                 return
-            left, below = left - len(views), views[-1].seq
+            left -= size
+            # The next page begins where this one ended, and not after so many
+            # rows: OFFSET would read them all again.
+            below = page[-1].seq
 
     def count(self, state: str | None, queue_name: str | None) -> int:
-        where, values = self._filter(state, queue_name)
-        return self.count_rows(f"jobs WHERE {where}", values, COUNTED_UP_TO + 1)
+        only = _job_condition(state, queue_name)
+        return self.count_rows(f"jobs WHERE {only.where}", only.values,
+                               COUNTED_UP_TO + 1)
 
-    @staticmethod
-    def _filter(state: str | None, queue_name: str | None) -> tuple[str, list[object]]:
-        if not state and not queue_name:
-            return "TRUE", []
-        states = [state] if state else list(State)  # all: the index begins with it
-        named = [queue_name] if queue_name else []
-        return "state IN %s" + " AND queue = %s" * len(named), [states, *named]
-
-    def count_rows(
-        self, source: str, values: Sequence[object] = (), most: int = 0
-    ) -> int:
-        """How many rows; counting stops at `most`, 0: never."""
+    def count_rows(self, source: str, values: Sequence[object] = (),
+                   most: int = 0) -> int:
+        """Returns how many rows there are; at `most` it stops, 0: never."""
         if most:
+            # A plain COUNT(*) walks the whole index, for seconds on millions.
             source = f"(SELECT 1 FROM {source} LIMIT {most}) AS some"
         [count] = self.rows(int, f"SELECT COUNT(*) FROM {source}", *values)
         return count
 
-    def follow(
-        self, job_id: str, run: int, when_slow: Callable[[], None] = lambda: None
-    ) -> Iterator[bytes]:
-        """The output of a job from its run number `run` on, as it comes, until the job
-        has ended; `when_slow` is called if it has not started after SLOW_START_S."""
-        seen, pause, slow_at = 0, 0.02, time.monotonic() + SLOW_START_S
-        while True:
-            found = self.rows(
-                lambda *row: row,
-                "SELECT state, run, output_bytes, IF(run > %s OR "
-                "output_bytes > %s, output, NULL) FROM jobs LEFT JOIN runs ON "
-                "job_seq = "
-                "seq AND run >= %s WHERE id = %s ORDER BY run",
-                run,
-                seen,
-                run,
-                job_id,
-            )
-            if not found:
-                raise no_such_job(job_id)
-            for _, number, total, kept in found:
-                run, seen = number or run, seen if number in (run, None) else 0
-                if kept:
-                    yield output_since(kept, total, seen)
-                    seen, pause = total, 0.02
-            if found[-1][0] in ENDED:
-                return
-            if time.monotonic() > slow_at:
-                slow_at = math.inf
-                if found[-1][0] != State.PROCESSING and not run:
-                    when_slow()
-            time.sleep(pause)
-            pause = min(1.5 * pause, FOLLOWED_S / 3)
+    def states(self, exact: bool) -> tuple[dict[str, int], list[str]]:
+        """Returns the number of jobs in each state, and where it is capped.
 
-    def wait(
-        self, ids: Sequence[str], one_is_enough: bool, timeout_s: float
-    ) -> Iterator[ActionResult]:
-        """Each job as it ends, or the first alone; Problem if that takes too long."""
-        until, pause, left = time.monotonic() + timeout_s, 0.02, dict.fromkeys(ids)
+        Unless it is to be exact, counting stops at COUNTED_UP_TO.
+        """
+        most = 0 if exact else COUNTED_UP_TO + 1
+        counts: dict[str, int] = {}
+        capped: list[str] = []
+        for state in State:
+            count = self.count_rows("jobs WHERE state = %s", [state], most)
+            if most and count == most:
+                # One more was looked for, to tell that many from more.
+                capped.append(str(state))
+                count = COUNTED_UP_TO
+            counts[str(state)] = count
+        return counts, capped
 
-        def too_late() -> Problem:
-            return Problem(
-                f"not ended within {say_duration(timeout_s)}: {abbreviated([*left])}",
-                f"see: queuectl explain {next(iter(left))}",
-                TIMED_OUT,
-            )
-
-        while left:
-            for page in batched(list(left)):
-                found = self._states_before(until, page)
-                if found is None:
-                    raise too_late()
-                for job_id in page:
-                    state = found.get(job_id)
-                    if state is None or state in ENDED:
-                        del left[job_id]
-                        error = (
-                            f"job {job_id} is {state}"
-                            if state
-                            else no_such_job(job_id).what
-                        )
-                        yield ActionResult(
-                            job_id,
-                            state == State.COMPLETED,
-                            state,
-                            error,
-                            f"is {state}",
-                        )
-                        if one_is_enough and state:
-                            return
-            if left and time.monotonic() >= until:
-                raise too_late()
-            time.sleep(min(pause, max(0.0, until - time.monotonic())) if left else 0)
-            pause = min(1.5 * pause, 0.25)
-
-    def _states_before(self, until: float, ids: Sequence[str]) -> dict[str, str] | None:
-        """The present states of jobs; None where an outage lasts past `until`."""
-        policy, left_s = self.database.policy, max(0.0, until - time.monotonic())
-        self.database.policy = dataclasses.replace(
-            policy, retry_for_s=min(policy.retry_for_s, left_s)
-        )
-        try:
-            return states_of(self.database, ids)
-        except Unreachable:
-            if left_s > policy.retry_for_s:
-                raise
-            return None
+    # -- one job
 
     def details(self, job_id: str) -> JobDetails:
-        """Everything about one job; Problem if there is none."""
-        rows = (
-            self.rows(
-                lambda cwd, env, *row: (JobRow(*row), cwd, env),
-                f"SELECT cwd, env, {self._columns} FROM jobs WHERE id = %s",
-                job_id,
-            )
-            if NAME.fullmatch(job_id)
-            else []
-        )
-        if not rows:
+        """Returns everything about one job; a Problem if there is none."""
+        found: list[FullJobRow] = []
+        if NAME.fullmatch(job_id):
+            columns = f"{self._columns}, cwd, env"
+            found = self.database.records(
+                FullJobRow,
+                f"SELECT {columns} FROM jobs WHERE id = %s", job_id)
+        if not found:
             raise no_such_job(job_id)
-        [(view, cwd, env)] = rows
-        history = self.rows(
+        [row] = found
+        history = self.database.records(
             RunRecord,
-            "SELECT run, attempt, worker, started_at, finished_at, duration, "
-            "exit_code, reason, detail FROM runs WHERE job_seq = %s ORDER BY run",
-            view.seq,
-        )
+            f"SELECT {field_list(RunRecord)} FROM runs "
+            "WHERE job_seq = %s ORDER BY run", row.seq)
         after = self.rows(
-            str,
-            f"SELECT parents.id FROM {PARENTS_SQL} WHERE child = %s ORDER BY parent",
-            view.seq,
-        )
-        output = self.output(view.seq, history[-1].run) if history else b""
-        return JobDetails(view, cwd, env_of(env), after, history, output)
+            str, f"SELECT parents.id FROM {PARENTS_SQL} "
+            "WHERE child = %s ORDER BY parent", row.seq)
+        output = b""
+        if history:
+            output = self.output(row.seq, history[-1].run)
+        return JobDetails(
+            row=_job_row(row),
+            cwd=row.cwd,
+            env=env_of(row.env),
+            after=after,
+            history=history,
+            output=output)
 
     def output(self, seq: int, run: int) -> bytes:
-        """What is kept of one run's output."""
-        return b"".join(
-            self.rows(
-                lambda kept: bytes(kept or b""),
-                "SELECT output FROM runs WHERE job_seq = %s AND run = %s",
-                seq,
-                run,
-            )
-        )
+        """Returns what is kept of one run's output."""
+        found = self.rows(
+            lambda kept: kept or b"",
+            "SELECT output FROM runs WHERE job_seq = %s AND run = %s",
+            seq, run)
+        return found[0] if found else b""
+
+    def follow(self, job_id: str, run: int,
+               when_slow: Thunk = _nothing) -> Iterator[bytes]:
+        """Yields a job's output, from run number `run` on, until it has ended.
+
+        `when_slow` is called if it has not started after SLOW_START_S.
+        """
+        follower = OutputFollower(self.database, job_id, run, when_slow)
+        yield from follower.follow()
+
+    def wait(self, ids: Sequence[str], one_is_enough: bool,
+             timeout_s: float) -> Iterator[ActionResult]:
+        """Yields each job as it ends, or the first alone.
+
+        It is a Problem when `timeout_s` has passed. A job that is not there is
+        told of at once.
+        """
+        waiter = EndWaiter(self.database, ids, timeout_s)
+        yield from waiter.wait(one_is_enough)
 
     def job_template(self, job_id: str) -> dict[str, object]:
-        """What to enqueue for a job like this one, as complete_job makes it."""
-        names = (
-            *SIGNED,
-            "queue",
-            "priority",
-            "max_retries",
-            "timeout",
-            "backoff_base",
-            "permanent_exit_codes",
-            "on_lost",
-            "unique",
-        )
-        columns = ", ".join(COLUMN_OF.get(name, name) for name in names)
-        rows = (
-            self.rows(
-                lambda *row: row,
-                f"SELECT signature, {columns} FROM jobs WHERE id = %s",
-                job_id,
-            )
-            if NAME.fullmatch(job_id)
-            else []
-        )
-        if not rows:
+        """Returns a job's values, as complete_job takes them for another one.
+
+        A job without a valid signature is a Problem: if we enqueued it anew,
+        we would sign what nobody with our key has seen.
+        """
+        # What cannot be an id is not asked for, here as in `details`.
+        found: list[TemplateRow] = []
+        if NAME.fullmatch(job_id):
+            columns = field_list(TemplateRow)
+            found = self.database.records(
+                TemplateRow,
+                f"SELECT {columns} FROM jobs WHERE id = %s", job_id)
+        if not found:
             raise no_such_job(job_id)
-        if not is_signed(*rows[0][:6]):
+        values = dict(vars(found[0]))
+        signature = values.pop("signature")
+        if not is_signed(signature, *[values[name] for name in SIGNED]):
             raise Problem(
                 f"job {job_id} is not signed with this QUEUECTL_SIGNING_KEY",
-                "look at its command, then enqueue it anew",
-            )
-        return {
-            name: value
-            for name, value in zip(names[1:], rows[0][2:])
-            if value is not None
-        }
+                "look at its command, then enqueue it anew")
+        # The new job gets an id of its own.
+        del values["id"]
+        values["unique"] = values.pop("unique_key")
+        # What the old one left to the settings, this one does, too.
+        return {name: value for name, value in values.items()
+                if value is not None}
 
-    def dead_letters(
-        self, limit: int, only: SqlCondition
-    ) -> list[tuple[JobRow, Moment]]:
-        """The dead jobs, the last to die first, each with the time of its death."""
-        return self.rows(
-            lambda died, *row: (JobRow(*row), died),
-            f"SELECT died_at, {self._columns} "
-            f"FROM dlq JOIN jobs ON jobs.seq = job_seq WHERE {only.where} ORDER BY "
-            "died_at DESC, job_seq DESC LIMIT %s",
-            *only.values,
-            limit or 1 << 63,
-        )
+    # -- dead letters
+
+    def dead_letters(self, limit: int, only: SqlCondition) -> list[DeadLetter]:
+        """Returns the dead jobs, the last to die first; a limit of 0: all."""
+        # Those that died in one turn have the same time: seq puts them in order.
+        found = self.database.records(
+            DeadJobRow,
+            f"""
+            SELECT {self._columns}, died_at
+              FROM dlq JOIN jobs ON jobs.seq = job_seq
+             WHERE {only.where}
+             ORDER BY died_at DESC, job_seq DESC
+             LIMIT %s
+            """, *only.values, limit or NO_LIMIT)
+        return [DeadLetter(_job_row(row), row.died_at) for row in found]
 
     def dead_ids(self, only: SqlCondition) -> list[str]:
-        """The dead jobs, the first to die first."""
+        """Returns the ids of the dead jobs, the first to die first."""
         return self.rows(
             str,
-            "SELECT dlq.id FROM dlq JOIN jobs ON jobs.seq = job_seq "
-            f"WHERE {only.where} ORDER BY died_at, job_seq",
-            *only.values,
-        )
-
-    def dead_groups(self) -> list[dict[str, Json]]:
-        """The dead letters that are alike but for digits, the most frequent first."""
-        return self.rows(
-            lambda count, code, reason, line, last, example: {
-                "count": count,
-                "exit_code": code,
-                "reason": reason,
-                "last_line": line,
-                "last_died_at": say_time(last),
-                "example": example,
-            },
-            "SELECT COUNT(*) AS many, exit_code, reason, REGEXP_REPLACE(last_line, "
-            "'[0-9]+', 'N') AS line, MAX(died_at), MAX(id) FROM dlq "
-            "GROUP BY exit_code, reason, line ORDER BY many DESC",
-        )
+            f"""
+            SELECT dlq.id FROM dlq JOIN jobs ON jobs.seq = job_seq
+             WHERE {only.where}
+             ORDER BY died_at, job_seq
+            """, *only.values)
 
     def count_dead_letters(self, only: SqlCondition) -> int:
-        return self.count_rows(
-            "dlq JOIN jobs ON jobs.seq = job_seq WHERE " + only.where,
-            only.values,
-            COUNTED_UP_TO + 1,
-        )
+        source = f"dlq JOIN jobs ON jobs.seq = job_seq WHERE {only.where}"
+        return self.count_rows(source, only.values, COUNTED_UP_TO + 1)
 
-    def states(self, exact: bool) -> tuple[dict[str, int], list[str]]:
-        """Jobs in each state, and the states whose count stops at COUNTED_UP_TO."""
-        most = 0 if exact else COUNTED_UP_TO + 1
-        counts = {
-            str(state): self.count_rows("jobs WHERE state = %s", [state], most)
-            for state in State
-        }
-        capped = [state for state, count in counts.items() if most and count == most]
-        return {**counts, **dict.fromkeys(capped, COUNTED_UP_TO)}, capped
+    def dead_groups(self) -> list[DeadGroup]:
+        """Returns the dead letters in groups, the largest first.
 
-    def queues(self) -> list[dict[str, Json]]:
-        """The queues with pending or processing jobs, with how many."""
-        processing = dict(
-            self.rows(
-                lambda name, count: (name, count),
-                "SELECT queue, COUNT(*) FROM jobs "
-                "WHERE state = 'processing' GROUP BY queue",
-            )
-        )
-        waiting = "jobs WHERE state = 'pending' AND queue = %s"
-        pending = {
-            name: self.count_rows(waiting, [name], COUNTED_UP_TO)
-            for name in self.database.read(
-                functools.partial(queues_with, state=State.PENDING)
-            )
-        }
-        return [
-            {
-                "queue": name,
-                str(State.PENDING): pending.get(name, 0),
-                str(State.PROCESSING): processing.get(name, 0),
-            }
-            for name in sorted({*pending, *processing})
-        ]
+        Lines that differ by a number, a path's or an id's, tell of one cause.
+        """
+        line = "REGEXP_REPLACE(last_line, '[0-9]+', 'N')"
+        # GROUP BY names the expression: `last_line` there would be the column,
+        # and not what is selected under its name.
+        found = self.database.records(
+            DeadGroup,
+            f"""
+            SELECT COUNT(*) AS count, exit_code, reason, {line} AS last_line,
+                   MAX(died_at) AS last_died_at, MAX(id) AS example
+              FROM dlq
+             GROUP BY exit_code, reason, {line}
+             ORDER BY COUNT(*) DESC
+            """)
+        # Whoever prints a group gets its time as text.
+        groups = []
+        for group in found:
+            died_at = say_time(group.last_died_at)
+            groups.append(dataclasses.replace(group, last_died_at=died_at))
+        return groups
 
-    def queue_stats(self) -> list[dict[str, Json]]:
-        """The queues that have jobs to run or a limit, and how they move."""
-        held = {
-            name: (limit, bool(paused))
-            for name, limit, paused in self.rows(
-                lambda *row: row, "SELECT name, max_running, paused_at FROM queues"
-            )
-        }
-        ended = dict(
-            self.rows(
-                lambda *row: row,
-                "SELECT queue, COUNT(*) FROM (SELECT job_seq, finished_at "
-                "FROM runs ORDER BY job_seq DESC LIMIT 5000) AS latest "
-                "JOIN jobs ON seq = job_seq "
-                "WHERE latest.finished_at > UTC_TIMESTAMP(6) - INTERVAL 1 MINUTE "
-                "GROUP BY queue",
-            )
-        )
-        busy = {str(row["queue"]): row for row in self.queues()}
-        rows = []
-        for name in sorted(
-            {*busy, *(one for one, what in held.items() if what != (None, False))}
-        ):
-            oldest = self.rows(
-                say_time,
-                "SELECT MIN(created_at) FROM (SELECT created_at FROM jobs "
-                "FORCE INDEX (jobs_claim) WHERE state = 'pending' AND queue = %s "
-                "ORDER BY claim_order, seq LIMIT 1000) AS first",
-                name,
-            )
-            limit, paused = held.get(name, (None, False))
-            row = busy.get(name, {})
-            rows.append(
-                {
-                    "queue": name,
-                    "depth": row.get(State.PENDING, 0),
-                    "running": row.get(State.PROCESSING, 0),
-                    "limit": limit,
-                    "paused": paused,
-                    "oldest_waiting": oldest[0],
-                    "rate": ended.get(name, 0),
-                }
-            )
-        return rows
+    # -- queues and workers
 
-    def workers(self) -> list[dict[str, Json]]:
-        """The workers that are not lost; `silent`: no beat for longer than a lease."""
-        return self.rows(
-            lambda worker, host, pid, slots, busy, queues, beat_at, state: {
-                "id": worker,
-                "host": host,
-                "pid": pid,
-                "slots": slots,
-                "busy": busy,
-                "queues": queues.split(",") if queues else [],
-                "heartbeat_at": say_time(beat_at),
-                "state": state,
-            },
-            "SELECT id, host, pid, slots, (SELECT COUNT(*) FROM jobs "
-            "WHERE jobs.state = 'processing' AND worker = workers.id), queues, "
-            "heartbeat_at, "
-            "IF(heartbeat_at < UTC_TIMESTAMP(6) - INTERVAL lease_s SECOND, "
-            "'silent', state) FROM workers WHERE lost_at IS NULL ORDER BY host, pid",
-        )
+    def queues(self) -> list[QueueRow]:
+        """Returns the queues with pending or processing jobs."""
+        processing: dict[str, int] = self.database.pairs(
+            "SELECT queue, COUNT(*) FROM jobs WHERE state = 'processing' "
+            "GROUP BY queue")
+        waiting = self.database.read(
+            lambda cursor: queues_with(cursor, State.PENDING))
+        pending: dict[str, int] = {}
+        # Few run at once, and one statement counts them. Millions may wait: each
+        # queue's are counted for themselves, so that each count is capped.
+        for name in waiting:
+            pending[name] = self.count_rows(
+                "jobs WHERE state = 'pending' AND queue = %s",
+                [name],
+                COUNTED_UP_TO)
+        return [QueueRow(name, pending.get(name, 0), processing.get(name, 0))
+                for name in sorted({*pending, *processing})]
+
+    def queue_stats(self) -> list[QueueStats]:
+        """Returns the queues that have jobs to run or a limit."""
+        set_limits = self.database.records(
+            QueueLimit, f"SELECT {field_list(QueueLimit)} FROM queues")
+        limits = {one.name: one for one in set_limits}
+        rates = _ended_in_last_minute(self.database)
+        busy = {row.queue: row for row in self.queues()}
+        # A row of `queues` may be left of a limit that was taken away.
+        limited = [name for name, limit in limits.items() if limit.limits]
+        found = []
+        for name in sorted({*busy, *limited}):
+            row = busy.get(name, QueueRow(name, 0, 0))
+            limit = limits.get(name, QueueLimit(name, None, None))
+            found.append(QueueStats(
+                queue=name,
+                depth=row.pending,
+                running=row.processing,
+                limit=limit.max_running,
+                paused=limit.paused_at is not None,
+                oldest_waiting=_oldest_waiting(self.database, name),
+                rate=rates.get(name, 0)))
+        return found
+
+    def workers(self) -> list[WorkerRow]:
+        return _live_workers(self.database)
 
     def unserved(self) -> list[str]:
-        """The queues where jobs wait and no live worker serves."""
-        served = [
-            as_list(worker["queues"])
-            for worker in self.workers()
-            if worker["state"] == "running"
-        ]
-        return [
-            str(row["queue"])
-            for row in self.queues()
-            if row[State.PENDING]
-            and not any(not names or row["queue"] in names for names in served)
-        ]
+        """Returns the queues where jobs wait and no live worker serves."""
+        # One that drains or is silent may never take another job.
+        running = [worker for worker in self.workers()
+                   if worker.state == "running"]
+        names = []
+        for row in self.queues():
+            served = any(worker.serves(row.queue) for worker in running)
+            if row.pending and not served:
+                names.append(row.queue)
+        return names
 
     def running_under(self, host: str, supervisor: int) -> list[str]:
-        """The jobs that the workers of one supervisor run."""
+        """Returns the ids of the jobs that one supervisor's workers run."""
+        # A lost worker's number may be another process's by now.
         return self.rows(
             str,
-            "SELECT jobs.id FROM jobs JOIN workers ON workers.id = jobs.worker "
-            "WHERE jobs.state = 'processing' AND host = %s AND supervisor = %s "
-            "AND lost_at IS NULL ORDER BY seq",
-            host,
-            supervisor,
-        )
+            """
+            SELECT jobs.id FROM jobs JOIN workers ON workers.id = jobs.worker
+             WHERE jobs.state = 'processing' AND host = %s AND supervisor = %s
+                   AND lost_at IS NULL
+             ORDER BY seq
+            """, host, supervisor)
 
+def _job_condition(state: str | None, queue_name: str | None) -> SqlCondition:
+    """Returns the condition that `list` filters by.
 
-def states_of(database: Database, ids: Sequence[str]) -> dict[str, str]:
-    """The present states of those of some jobs that are there."""
-    named = [one for one in ids if NAME.fullmatch(one)]
-    return (
-        dict(
-            database.rows(
-                lambda *row: row, "SELECT id, state FROM jobs WHERE id IN %s", named
-            )
-        )
-        if named
-        else {}
-    )
+    Without a filter it is TRUE, and has no values.
+    """
+    if not state and not queue_name:
+        return SqlCondition("TRUE", [])
+    # The index begins with the state: to seek in it, all states are named.
+    states = [state] if state else list(State)
+    if not queue_name:
+        return SqlCondition("state IN %s", [states])
+    return SqlCondition("state IN %s AND queue = %s", [states, queue_name])
 
+def _live_workers(database: Database) -> list[WorkerRow]:
+    """Returns the workers that are not lost."""
+    # One clock, the database's, says which is silent. Whether it is lost is
+    # for the failure detector to say, which goes by no clock.
+    found = database.records(
+        WorkerColumns,
+        """
+        SELECT id, host, pid, slots,
+               (SELECT COUNT(*) FROM jobs
+                 WHERE jobs.state = 'processing'
+                       AND worker = workers.id) AS busy,
+               queues, heartbeat_at,
+               IF(heartbeat_at < UTC_TIMESTAMP(6)
+                                 - INTERVAL lease_s SECOND,
+                  'silent', state) AS state
+          FROM workers
+         WHERE lost_at IS NULL
+         ORDER BY host, pid
+        """)
+    workers = []
+    for row in found:
+        values = row._asdict()
+        values["queues"] = row.queues.split(",") if row.queues else []
+        values["heartbeat_at"] = say_time(row.heartbeat_at)
+        workers.append(WorkerRow(**values))
+    return workers
 
-def read_config(database: Database) -> dict[str, str]:
-    """The config table, less the rows that are not settings."""
-    found = database.rows(lambda *row: row, "SELECT `key`, value FROM config")
-    return {key: value for key, value in found if key in SETTINGS}
+def _ended_in_last_minute(database: Database) -> dict[str, int]:
+    """Returns how many runs ended within a minute, by queue.
+
+    No index leads to them by time: of the runs of the newest jobs, 5000 are
+    looked at.
+    """
+    found: dict[str, int] = database.pairs(
+        """
+        SELECT queue, COUNT(*)
+          FROM (SELECT job_seq, finished_at FROM runs
+                 ORDER BY job_seq DESC LIMIT 5000) AS latest
+          JOIN jobs ON seq = job_seq
+         WHERE latest.finished_at > UTC_TIMESTAMP(6) - INTERVAL 1 MINUTE
+         GROUP BY queue
+        """)
+    return found
+
+def _oldest_waiting(database: Database, queue_name: str) -> str | None:
+    """Returns when the oldest waiting job of a queue was enqueued."""
+    # Among jobs of one priority the first is the oldest. So the first 1000
+    # tell as much as all, unless more have a higher priority than it has.
+    [oldest] = database.rows(
+        say_time,
+        """
+        SELECT MIN(created_at)
+          FROM (SELECT created_at FROM jobs FORCE INDEX (jobs_claim)
+                 WHERE state = 'pending' AND queue = %s
+                 ORDER BY claim_order, seq LIMIT 1000) AS first
+        """, queue_name)
+    return oldest
 
 
 # ---- actions -----------------------------------------------------------------
 #
-# What a person changes: cancel, retry, limits, settings. A write names the transition
-# or the row that it is about, reads the answer, and says what it found instead.
-
+# What a person changes: cancel, retry, limits, settings. A verb on a job locks
+# its row first, and then does what its state allows; what it cannot do it says
+# as a result, and not by an exception, so that a verb on many jobs goes on. A
+# run is never ended from here: its worker is asked to.
 
 class UnmetParent(NamedTuple):
-    """A job that another waits for, and whether it waits in vain."""
-    hopeless: bool
+    """A job that another still waits for."""
+    hopeless: int  # 1: it has ended, and not as it should
     id: str
     state: str
 
-def unmet_parents(cursor: Cursor, seq: int) -> list[UnmetParent]:
-    """Returns the parents of a job that have not ended as it needs."""
-    return cursor.records(
-        UnmetParent,
-        f"SELECT {HOPELESS_SQL} AS hopeless, parents.id, parents.state "
-        f"FROM {PARENTS_SQL} WHERE child = %s AND NOT {MET_SQL}", seq)
+class KeyConflict(NamedTuple):
+    """A job that cannot live again, since another has its unique key."""
+    state: str
+    unique_key: str
+    holder: str
+
+class Counting(NamedTuple):
+    """What a revived job's row says of its attempts: values for `move`."""
+    max_attempts: object
+    attempts: object
+
+# What a verb does to a job that is locked. And, of the row as it was and as it
+# is: whether that was done, where a COMMIT was not answered.
+Act = Callable[[Cursor, LockedJob], ActionResult]
+Stands = Callable[[LockedJob, LockedJob], bool]
 
 class JobStore(JobQueries):
-    """What a person asks of the queue, and changes in it."""
+    """What a person asks of the queue, or changes in it."""
 
     def cancel(self, job_id: str) -> ActionResult:
-        """End a waiting job now; ask the worker of a running one to end it."""
-
-        def work(cursor: Cursor, seq: int, state: State) -> ActionResult:
-            if state is State.PROCESSING:
-                cursor.execute(
-                    "UPDATE jobs FORCE INDEX (PRIMARY) SET cancel_requested_at = "
-                    "COALESCE(cancel_requested_at, UTC_TIMESTAMP(6)) "
-                    "WHERE seq = %s AND state = 'processing'",
-                    (seq,),
-                )
-                return ActionResult(
-                    job_id, True, state, None, "is running: its worker ends it"
-                )
-            if state not in TRANSITIONS["cancel"].leaves:
-                return ActionResult(
-                    job_id, False, state, f"job {job_id} is {state}: nothing to cancel"
-                )
-            move(
-                cursor,
-                "cancel",
-                [seq],
-                reason=Reason.CANCELLED,
-                finished_at=NOW_SQL,
-                next_run_at=NOT_LATER_SQL,
-            )
-            release_children(cursor, [seq])
-            return ActionResult(
-                job_id, True, TRANSITIONS["cancel"].to, None, "is cancelled"
-            )
-
-        return self._on_one(job_id, work, lambda was, now: now.state is State.CANCELLED)
+        """Ends a waiting job now; asks a running one's worker to end it."""
+        def act(cursor: Cursor, job: LockedJob) -> ActionResult:
+            return _cancel(cursor, job_id, job)
+        def stands(was: LockedJob, now: LockedJob) -> bool:
+            # What runs now may have been claimed since: it is asked to end in
+            # any case, and to ask twice does no harm.
+            return now.state is State.CANCELLED
+        return self._on_one(job_id, act, stands)
 
     def revive(self, job_id: str, name: str, retries: int = 1,
                reset: bool = False) -> ActionResult:
-        """Puts a job back, due now, or blocked while it has to wait for others.
+        """Puts a job back by the transition `name`, which is retry or revive.
 
-        It keeps its attempts, a dead one gets `retries` more runs; `reset` counts
-        anew. `name` is the transition: retry, or revive.
+        It is due now, or blocked while it has to wait for others. It keeps its
+        attempts, and a dead one gets `retries` more runs; `reset` counts anew.
         """
-        def work(cursor: Cursor, seq: int, state: State) -> ActionResult:
-            """Says why it cannot be put back, or puts it back."""
-            leaves = TRANSITIONS[name].leaves
-            if state not in leaves:
-                only = " or ".join(one for one in State if one in leaves)
-                return ActionResult(job_id, False, state, f"job {job_id} is {state}: "
-                                    f"only {only} jobs can be put back")
-            unmet = unmet_parents(cursor, seq)
-            hopeless = next((one for one in unmet if one.hopeless), None)
-            if hopeless:
-                return ActionResult(
-                    job_id, False, state, f"job {job_id} waits for {hopeless.id}, "
-                    f"which is {hopeless.state}: queuectl dlq retry {hopeless.id} "
-                    "--dependents brings both back")
-            to = State.BLOCKED if unmet else TRANSITIONS[name].to
-            # One that did not die by running keeps the runs that are left to it.
-            attempts, granted = Sql("attempts"), Sql(
-                "IF((state <> 'dead' OR reason = 'dependency') "
-                "AND attempts < COALESCE(max_attempts, max_retries + 1, %s), "
-                "max_attempts, attempts + %s)", [self.retries + 1, retries])
-            if reset:
-                attempts, granted = Sql("0"), Sql("NULL")
-            move(cursor, name, [seq], to=to, max_attempts=granted, attempts=attempts,
-                 losses=0, next_run_at=NOW_SQL)
-            cursor.execute("DELETE FROM dlq WHERE job_seq = %s", (seq,))
-            return ActionResult(job_id, True, to, None, f"is {to} again")
+        counting = self._counting(retries, reset)
+        def act(cursor: Cursor, job: LockedJob) -> ActionResult:
+            return _revive(cursor, job_id, job, name, counting)
         def stands(was: LockedJob, now: LockedJob) -> bool:
-            """It may have run since, and be where it was."""
+            # It may have run since, and be where it was.
             return now.state is not was.state or now.runs > was.runs
-        return self._on_one(job_id, work, stands)
+        return self._on_one(job_id, act, stands)
+
+    def _counting(self, retries: int, reset: bool) -> Counting:
+        """Returns how a revived job's attempts are counted from now on."""
+        if reset:
+            return Counting(None, 0)
+        # One that did not die by running keeps the runs that are left to it.
+        # The state that this asks for is the one it had: `move` sets it last.
+        granted = Sql(
+            "IF((state <> 'dead' OR reason = 'dependency') "
+            "AND attempts < COALESCE(max_attempts, max_retries + 1, %s), "
+            "max_attempts, attempts + %s)",
+            [self.max_retries + 1, retries])
+        return Counting(granted, Sql("attempts"))
 
     def revive_dependents(self, job_id: str) -> Iterator[ActionResult]:
-        """Put back what died with a job, and what died with that."""
-        parents = [job_id]
-        for parent in parents:
-            for child in self.rows(
+        """Puts back what died with a job, and what died with that.
+
+        The parents come first: while one is dead, its children cannot come
+        back.
+        """
+        parents = collections.deque([job_id])
+        while parents:
+            children = self.rows(
                 str,
-                f"SELECT jobs.id FROM {PARENTS_SQL} JOIN jobs ON jobs.seq = child "
-                "WHERE parents.id = %s AND jobs.state = 'dead' AND jobs.reason = "
-                "'dependency' ORDER BY child",
-                parent,
-            ):
+                f"""
+                SELECT jobs.id FROM {PARENTS_SQL} JOIN jobs ON jobs.seq = child
+                 WHERE parents.id = %s AND jobs.state = 'dead'
+                       AND jobs.reason = 'dependency'
+                 ORDER BY child
+                """, parents.popleft())
+            for child in children:
                 result = self.revive(child, "revive")
-                parents += [child] * result.ok
+                if result.ok:
+                    parents.append(child)
                 yield result
 
     def limit(self, name: str, what: str, value: object) -> None:
-        """Set max_running or paused_at of a queue; None: it limits it no more."""
+        """Sets `max_running` or `paused_at` of a queue; None takes it away."""
         self.database.run(
-            f"INSERT INTO queues (name, {what}) VALUES (%s, %s) "
-            f"ON DUPLICATE KEY UPDATE {what} = VALUES({what}), "
-            "touched = touched + 1",
-            name,
-            value,
-        )
-
-    def _on_one(
-        self,
-        job_id: str,
-        act: Callable[[Cursor, int, State], ActionResult],
-        stands: Callable[[LockedJob, LockedJob], bool],
-    ) -> ActionResult:
-        """Lock one job, and do what its state allows.
-
-        `stands` tells from the row as it was and as it is whether what was done stands,
-        after a COMMIT whose answer was lost; where it does not, it is done again.
-        """
-        nothing = ActionResult(job_id, False, None, no_such_job(job_id).what)
-        made: list[tuple[ActionResult, LockedJob]] = []
-
-        def locked(cursor: Cursor) -> LockedJob | None:
-            found = cursor.rows(
-                lambda seq, state, runs: LockedJob(seq, State(state), runs),
-                "SELECT seq, state, runs FROM jobs WHERE id = %s FOR UPDATE",
-                job_id,
-            )
-            return found[0] if found else None
-
-        def work(cursor: Cursor) -> ActionResult:
-            row = locked(cursor)
-            if not row:
-                return nothing
-            made.append((act(cursor, row.seq, row.state), row))
-            return made[-1][0]
-
-        def verify(cursor: Cursor) -> ActionResult | None:
-            row = locked(cursor)
-            if not made or not row:
-                return None
-            result, was = made[-1]
-            return result if result.ok and stands(was, row) else None
-
-        if not re.fullmatch(NAME, job_id):
-            return nothing
-        try:
-            return self.database.transact(work, verify)
-        except RowRefused:
-            return self._key_conflict(job_id)
-
-    def _key_conflict(self, job_id: str) -> ActionResult:
-        """Why a job cannot come back: another has its unique key."""
-        [(state, key, holder)] = self.rows(
-            lambda *row: row,
-            "SELECT jobs.state, jobs.unique_key, other.id FROM jobs "
-            "LEFT JOIN jobs AS other ON other.live_key = jobs.unique_key "
-            "WHERE jobs.id = %s",
-            job_id,
-        )
-        return ActionResult(
-            job_id,
-            False,
-            state,
-            f"job {job_id} stays {state}: key {key} is held by job {holder}",
-        )
+            f"""
+            INSERT INTO queues (name, {what}) VALUES (%s, %s)
+                ON DUPLICATE KEY UPDATE {what} = VALUES({what}),
+                   touched = touched + 1
+            """, name, value)
 
     def set_config(self, key: str, value: str | None) -> None:
-        """Store one setting; None removes it."""
+        """Stores one setting; None removes it."""
         if value is None:
             self.database.run("DELETE FROM config WHERE `key` = %s", key)
             return
         self.database.run(
-            "INSERT INTO config (`key`, value) VALUES (%s, %s) "
-            "ON DUPLICATE KEY UPDATE value = VALUES(value), "
-            "changed_at = UTC_TIMESTAMP(6)",
-            key,
-            value,
-        )
+            """
+            INSERT INTO config (`key`, value) VALUES (%s, %s)
+                ON DUPLICATE KEY UPDATE value = VALUES(value),
+                   changed_at = UTC_TIMESTAMP(6)
+            """, key, value)
+
+    # -- a verb on one job
+
+    def _on_one(self, job_id: str, act: Act, stands: Stands) -> ActionResult:
+        """Locks one job, and returns what came of `act`.
+
+        A COMMIT's answer may be lost. Then `stands` says, from the row as it
+        was and as it is, whether what was done stands; where it does not, or
+        nobody can tell, it is done again.
+        """
+        nothing = ActionResult(job_id, False, None, no_such_job(job_id).what)
+        # Each try notes the row as it was, and what came of it. Only the last
+        # can be the one whose COMMIT was not answered.
+        tries: list[tuple[LockedJob, ActionResult]] = []
+        def work(cursor: Cursor) -> ActionResult:
+            """Does what the job's state allows."""
+            job = _lock_job(cursor, job_id)
+            if not job:
+                return nothing
+            result = act(cursor, job)
+            tries.append((job, result))
+            return result
+        def verify(cursor: Cursor) -> ActionResult | None:
+            """Returns what the last try did, if it stands."""
+            now = _lock_job(cursor, job_id)
+            if not now or not tries:
+                return None
+            was, result = tries[-1]
+            return result if result.ok and stands(was, now) else None
+        # What cannot be an id is not asked for: the server might refuse it.
+        if not NAME.fullmatch(job_id):
+            return nothing
+        try:
+            return self.database.transact(work, verify)
+        except RowRefused:
+            # Its unique key is in use by now: a living job has it alone.
+            return self._key_conflict(job_id)
+
+    def _key_conflict(self, job_id: str) -> ActionResult:
+        """Returns why a job cannot come back: another has its unique key."""
+        [found] = self.database.records(
+            KeyConflict,
+            """
+            SELECT jobs.state, jobs.unique_key, other.id AS holder
+              FROM jobs
+              LEFT JOIN jobs AS other ON other.live_key = jobs.unique_key
+             WHERE jobs.id = %s
+            """, job_id)
+        error = (f"job {job_id} stays {found.state}: "
+                 f"key {found.unique_key} is held by job {found.holder}")
+        return ActionResult(job_id, False, found.state, error)
+
+def _lock_job(cursor: Cursor, job_id: str) -> LockedJob | None:
+    """Locks a job's row, and returns it; None: there is none."""
+    found = cursor.rows(
+        lambda seq, state, runs: LockedJob(seq, State(state), runs),
+        "SELECT seq, state, runs FROM jobs WHERE id = %s FOR UPDATE", job_id)
+    return found[0] if found else None
+
+# -- what a verb does
+
+def _cancel(cursor: Cursor, job_id: str, job: LockedJob) -> ActionResult:
+    """Cancels a job that we have locked, or asks for that."""
+    if job.state is State.PROCESSING:
+        _ask_to_end(cursor, job)
+        return ActionResult(job_id, True, job.state, None,
+                            "is running: its worker ends it")
+    rule = TRANSITIONS["cancel"]
+    if job.state not in rule.leaves:
+        error = f"job {job_id} is {job.state}: nothing to cancel"
+        return ActionResult(job_id, False, job.state, error)
+    move(cursor, "cancel", [job.seq],
+         reason=Reason.CANCELLED,
+         finished_at=NOW_SQL,
+         next_run_at=NOT_LATER_SQL)
+    # What needs it to complete dies with it; what needs its end may run.
+    release_children(cursor, [job.seq])
+    return ActionResult(job_id, True, rule.to, None, "is cancelled")
+
+def _ask_to_end(cursor: Cursor, job: LockedJob) -> None:
+    """Notes that a running job is to be cancelled: its worker will see it."""
+    # Its state stays: whoever settles the run carries the cancel out. The time
+    # of the first request is kept.
+    cursor.execute(
+        """
+        UPDATE jobs FORCE INDEX (PRIMARY)
+           SET cancel_requested_at = COALESCE(cancel_requested_at,
+                                              UTC_TIMESTAMP(6))
+         WHERE seq = %s AND state = 'processing'
+        """, (job.seq,))
+
+def _revive(cursor: Cursor, job_id: str, job: LockedJob, name: str,
+            counting: Counting) -> ActionResult:
+    """Puts back a job that we have locked, if it may and can run again."""
+    rule = TRANSITIONS[name]
+    if job.state not in rule.leaves:
+        only = " or ".join(one for one in State if one in rule.leaves)
+        error = (f"job {job_id} is {job.state}: "
+                 f"only {only} jobs can be put back")
+        return ActionResult(job_id, False, job.state, error)
+    unmet = _unmet_parents(cursor, job.seq)
+    for parent in unmet:
+        if parent.hopeless:
+            error = _waits_in_vain(job_id, parent)
+            return ActionResult(job_id, False, job.state, error)
+    to = State.BLOCKED if unmet else rule.to
+    # MySQL assigns from left to right: what max_attempts is made of must be
+    # read before anything else is set.
+    move(cursor, name, [job.seq],
+         to=to,
+         max_attempts=counting.max_attempts,
+         attempts=counting.attempts,
+         losses=0,
+         next_run_at=NOW_SQL)
+    cursor.execute("DELETE FROM dlq WHERE job_seq = %s", (job.seq,))
+    return ActionResult(job_id, True, to, None, f"is {to} again")
+
+def _waits_in_vain(job_id: str, parent: UnmetParent) -> str:
+    """Returns why a job cannot come back, and the command that helps."""
+    return (f"job {job_id} waits for {parent.id}, which is {parent.state}: "
+            f"queuectl dlq retry {parent.id} --dependents brings both back")
+
+def _unmet_parents(cursor: Cursor, seq: int) -> list[UnmetParent]:
+    """Returns the jobs that this one still waits for."""
+    return cursor.records(
+        UnmetParent,
+        f"""
+        SELECT {HOPELESS_SQL} AS hopeless, parents.id, parents.state
+          FROM {PARENTS_SQL}
+         WHERE child = %s AND NOT {MET_SQL}
+        """, seq)
 
 
 # ---- doorbell ----------------------------------------------------------------
@@ -5117,6 +5889,7 @@ def ring(database: Database, count: int = sys.maxsize, queues: Collection[str] =
     """Wake up to `count` idle supervisors, and one more lest one be dead: those that
     serve one of `queues`, or have this worker; none named: any."""
     def parked(cursor: Cursor) -> list[int]:
+        """Returns the connections of the sleeps that may be rung."""
         release = [int(part) for part in re.findall(r"\d+", database.version)[:3]]
         schema = "performance" if not database.mariadb and release >= [8, 0, 22] \
             else "information"
@@ -5141,6 +5914,7 @@ class Doorbell:
     """A thread that parks a sleep when told to, and calls `rung` when it was ended."""
     def __init__(self, target: ConnectionInfo, note: str, rung: Callable[[], None],
                  route: Route | None = None) -> None:
+        """Begins to listen; nothing is parked before `park` says so."""
         policy = RetryPolicy(math.inf, 1.5 * PARKED_S, say=lambda text: None)
         self._database = Database(target, policy, route=route)
         self._note, self._rung = f"{DOORBELL} {note}", rung
@@ -5280,6 +6054,7 @@ class ProcessTable:
 
     @functools.cached_property
     def _seen(self) -> dict[int, ProcessInfo]:
+        """Returns all living processes but ours, by pid; read when first asked."""
         pids: list[int] = []
         with contextlib.suppress(OSError):  # no /proc here: groups alone are ended
             pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
@@ -5393,6 +6168,7 @@ class OutputBuffer:
         self.total = 0
 
     def add(self, data: bytes) -> None:
+        """Takes what a run has written; of a long stream the middle is let go."""
         self.total += len(data)
         room = self._head_max - len(self._head)
         self._head += data[:room]
@@ -5402,6 +6178,7 @@ class OutputBuffer:
             del self._tail[: -most - 1]
 
     def kept(self, to_follow: bool = False) -> bytes:
+        """Returns what is kept of the stream; more of it while it is followed."""
         tail_max = self._limit - self._head_max
         if to_follow:
             tail_max = FOLLOWED_LIMITS * self._limit
@@ -5416,6 +6193,7 @@ class JobSpawner:
     """What every run of this process starts from: environment, directory, score."""
 
     def __init__(self, variables: Mapping[bytes, bytes]) -> None:
+        """Opens what every spawn needs, and has jobs inherit nothing else of ours."""
         self._environment = {
             name: value
             for name, value in variables.items()
@@ -5475,6 +6253,7 @@ class RunningJob:
     def __init__(
         self, job: ClaimedJob, settings: Settings, spawner: JobSpawner
     ) -> None:
+        """Starts the run; where that fails it is gone, and `failure` says why."""
         self.job, self.settings = job, settings
         self.key = (job.claim.seq, job.claim.token)
         self.run_tag = f"{job.claim.token}-{job.claim.seq}"
@@ -5504,6 +6283,7 @@ class RunningJob:
                 os.close(write_end)
 
     def _spawn(self, write_end: int, spawner: JobSpawner) -> int:
+        """Starts the shell, with the variables that tell the job of itself."""
         held, cwd, own = self.job.claim, self.job.cwd, self.job.env
         added = {
             "QUEUECTL_JOB_ID": held.id,
@@ -5535,6 +6315,7 @@ class RunningJob:
         return True
 
     def close_pipe(self) -> None:
+        """Reads what is left in the pipe, and closes it."""
         # What was written before the end is in the pipe: at most its capacity.
         for _ in range(32):
             before = self.output.total
@@ -5640,6 +6421,7 @@ class RunningJob:
         )
 
     def _reason_and_code(self) -> tuple[Reason, int | None, str]:
+        """Returns why the run ended, its exit status, and what else is to be said."""
         status, job = self.status, self.job
         if self.failure:
             return self.cause or Reason.SPAWN, None, self.failure
@@ -5750,6 +6532,7 @@ class SiblingWorkers:
     A pipe to each of them has it look around.
     """
     def __init__(self, slots: Sequence[int]) -> None:
+        """Makes memory and pipes, before the workers are forked."""
         self._slots = slots
         # Two bytes for each number.
         memory = mmap.mmap(-1, 2 * len(slots))
@@ -6052,6 +6835,7 @@ class Membership:
     while no request is under way; `environment` it may replace at any time.
     """
     def __init__(self, options: WorkerOptions, context: WorkerContext) -> None:
+        """Knows how to reach the database; nothing is entered yet."""
         self.environment = options.environment
         self.route = Route()
         self._options = options
@@ -6193,6 +6977,7 @@ class WakeCalls:
     """
     def __init__(self, options: WorkerOptions, context: WorkerContext,
                  wake_end: int) -> None:
+        """Listens to the siblings; the doorbell is made when it is first parked."""
         self.came = False  # somebody called since the last turn was asked for
         self.listener = context.siblings.listener(context.number)
         self.doorbell: Doorbell | None = None  # made when it is first parked
@@ -6231,15 +7016,13 @@ class WakeCalls:
         siblings = self._siblings
         others = set(range(len(siblings)))
         others.discard(self._number)
-        # Of a cancellation the first process tells all: one that tells is
-        # enough.
+        # All of them see a cancellation: it is enough that the first one tells.
         cancelled = snapshot.others_cancelled and self._number == 0
         if snapshot.drained or cancelled:
             siblings.wake(others)
             return
         if snapshot.waiting and all_busy:
-            # One is called, which calls another if it cannot take all that
-            # waits.
+            # One is called; it calls another if it cannot take all of it.
             idle = [number for number in siblings.idle() if number in others]
             siblings.wake(idle[:1])
 
@@ -6294,6 +7077,7 @@ class RunTable:
     """
     def __init__(self, options: WorkerOptions, context: WorkerContext,
                  timers: Timers, selector: selectors.BaseSelector) -> None:
+        """Begins with nothing claimed and nothing running."""
         self.claimed: collections.deque[ClaimedJob] = collections.deque()
         # By pid; also those that are being ended.
         self.running: dict[int, RunningJob] = {}
@@ -6334,8 +7118,7 @@ class RunTable:
         if now < short_at + SHORT_PAUSE_S:
             return 0
         free = self._context.slots - len(claims)
-        # A host that is short takes one at a time, and leaves the others to
-        # others.
+        # A short host takes one at a time, and leaves the others to others.
         if now < short_at + SHORT_MEMORY_S:
             return min(free, 1)
         return free
@@ -6492,8 +7275,7 @@ class RunTable:
 
 # -- the loop
 
-# While more claimed jobs than these are left to start, no turn is needed for
-# more.
+# With more claimed jobs than these left to start, the next turn can wait.
 LOW_WATER = 8
 
 class TurnPlanner:
@@ -6586,6 +7368,7 @@ class Worker:
     the database thread, a signal, the end of the supervisor.
     """
     def __init__(self, options: WorkerOptions, context: WorkerContext) -> None:
+        """Catches the signals, and begins to listen."""
         self.options = options
         self.context = context
         self.status = 0
@@ -6900,201 +7683,323 @@ def settlement_line(settlement: Settlement) -> str:
 
 # ---- supervisor --------------------------------------------------------------
 #
-# Keeps worker processes alive: forks, reaps, obeys signals, holds the PID file. It
-# never connects to the database, so it works with or without one. The PID file is held
-# under an exclusive lock for the daemon's life: locked is alive, unlocked is stale,
-# whatever number stands in it.
+# The process above the workers: it forks them, restarts the ones that crash,
+# and stops them; and the daemon's PID file and log. It promises that at most
+# one daemon holds a PID file, that nothing a dead worker ran is left behind,
+# and that no stranger is ever signalled. It must never open a connection to
+# the database, since its children would share that.
 
+# -- the log
+
+# A log beyond this size is renamed, and a new one begins.
 LOG_BYTES_MAX = 10 << 20
-RESPAWN_PAUSE_S, RESPAWN_PAUSE_MAX_S, STEADY_AFTER_S = 0.1, 30.0, 10.0
-READY_WAIT_S = 30.0
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
-
 
 class Log:
-    """Lines on standard error, with the time; a file grows to 10 MB, then is `.1`."""
+    """Lines on standard error, each with its time and the writer's PID.
 
+    Given a path, standard output and error go to that file. It grows to about
+    10 MB and is then renamed to `.1`, in the place of the one before.
+    """
     def __init__(self, path: str = "") -> None:
         self.path = path
         if path:
             self._open()
 
     def say(self, text: str) -> None:
+        """Writes a line; a log that cannot be written is passed over."""
         now = datetime.datetime.now(datetime.timezone.utc)
-        line = (
-            f"{say_time(now.replace(tzinfo=None))} [{os.getpid()}] "
-            f"{text.translate(MULTILINE)}\n"
-        )
-        with contextlib.suppress(OSError):  # a full disk must not end the work
+        stamp = say_time(now.replace(tzinfo=None))
+        printable = text.translate(MULTILINE)
+        line = f"{stamp} [{os.getpid()}] {printable}\n"
+        # A full disk must not end the work.
+        with contextlib.suppress(OSError):
             if self.path:
-                with contextlib.suppress(OSError):  # then it goes into the old file
-                    self._turn_over()
+                # Where the log cannot be renamed, the old one takes the line.
+                with contextlib.suppress(OSError):
+                    self._rotate()
             os.write(2, line.encode("utf-8", "replace"))
 
     def _open(self) -> None:
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        handle = os.open(self.path, flags, 0o666)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         os.close(handle)
 
-    def _turn_over(self) -> None:
-        """Rename a full file, or follow when another process has. Whoever gets its
-        lock decides: by an own descriptor, for forks share one, and its lock."""
+    def _rotate(self) -> None:
+        """Renames a full file, or follows where another process has done so.
+
+        It raises BlockingIOError while another process is about it.
+        """
         if os.fstat(2).st_size > LOG_BYTES_MAX:
+            # Several processes find the file full at once, and whoever gets
+            # its lock renames it. The descriptor must be our own: a lock
+            # belongs to what `open` made, and forks share that.
             with open(self.path, "ab") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Another may have renamed it before we had the lock.
                 if _same_file(2, self.path):
                     os.rename(self.path, self.path + ".1")
         if not _same_file(2, self.path):
             self._open()
 
-
 def _same_file(handle: int, path: str) -> bool:
+    """Returns whether the path still names the file that is open."""
     try:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except FileNotFoundError:
         return False
 
+def _log_tail(path: str) -> str:
+    """Returns a log's last lines, to stand after a message; "" if it has none."""
+    lines = []
+    with contextlib.suppress(OSError), open(path, errors="replace") as log:
+        for line in log.readlines()[-5:]:
+            lines.append(line.rstrip())
+    if not lines:
+        return ""
+    return ":\n  " + "\n  ".join(lines)
+
+# -- the PID file
 
 class PidFileStatus(NamedTuple):
-    """What a PID file says: whether it is there, its number, and if that is alive."""
-
+    """What a PID file says: whether it is there, and whom it names."""
     found: bool
-    pid: int
-    alive: bool
-
+    pid: int  # 0 while no number is written
+    alive: bool  # whether a daemon holds its lock
 
 def probe_pid_file(path: str) -> PidFileStatus:
-    """Whether a daemon holds the PID file, by a shared lock taken for an instant."""
+    """Returns whether a daemon holds the PID file, and the PID in it.
+
+    It raises a Problem if the file is there but cannot be read.
+    """
     try:
         handle = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return PidFileStatus(False, 0, False)
     except OSError as error:
-        raise Problem(f"cannot read the PID file {path}: {error.strerror}") from None
+        what = f"cannot read the PID file {path}: {error.strerror}"
+        raise Problem(what) from None
     try:
-        first = os.read(handle, 64).split(b"\n")[0]
-        pid = int(first) if first.isdigit() and len(first) < 10 else 0
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return PidFileStatus(True, pid, False)
-    except BlockingIOError:
-        return PidFileStatus(True, pid, True)
+        pid = _pid_in(handle)
+        alive = _is_locked(handle)
     finally:
         os.close(handle)
+    return PidFileStatus(True, pid, alive)
 
+def _pid_in(handle: int) -> int:
+    """Returns the PID on the first line; 0 if that holds none."""
+    lines = os.read(handle, 64).split(b"\n")
+    first = lines[0]
+    # Whatever stands in the file, a number is taken only if it may be a PID.
+    if first.isdigit() and len(first) < 10:
+        return int(first)
+    return 0
 
-def lock_pid_file(path: str) -> int:
-    """A descriptor that holds the PID file for us, emptied; Problem if another does."""
+def _is_locked(handle: int) -> bool:
+    """Returns whether a daemon has the file locked.
+
+    The shared lock that tells is given up when the handle is closed.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
+
+class LockedPidFile(NamedTuple):
+    """A PID file that we hold, until every copy of its handle is closed."""
+    path: str
+    handle: int
+
+    def write_pid(self) -> None:
+        """Writes our own PID on its first line."""
+        line = f"{os.getpid()}\n"
+        os.pwrite(self.handle, line.encode(), 0)
+
+    def remove(self) -> None:
+        """Removes the file, if it is still ours."""
+        # Somebody may have removed it, and another daemon have made its own.
+        if _same_file(self.handle, self.path):
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+
+def lock_pid_file(path: str) -> LockedPidFile:
+    """Returns the PID file, locked for us and with no number in it yet.
+
+    It raises a Problem if another daemon holds it, or if it cannot be written.
+    """
+    # A daemon that stops, or somebody who probes the file, holds it for an
+    # instant more.
     until = time.monotonic() + 1
     while True:
-        try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise Problem(
-                f"cannot write the PID file {path}: {error.strerror}",
-                "name another one: --pid-file FILE",
-            ) from None
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _same_file(handle, path):  # else a stopping daemon has just removed it
-                os.ftruncate(handle, 0)
-                try:
-                    os.write(handle, b"\n" * 12)  # there is room for the number
-                except OSError as error:
-                    os.unlink(path)
-                    raise Problem(
-                        f"cannot write the PID file {path}: {error.strerror}",
-                        "name another one: --pid-file FILE",
-                    ) from None
-                return handle
+        handle = _open_pid_file(path)
+        if _lock_now(handle, path):
+            _make_room(handle, path)
+            return LockedPidFile(path, handle)
         os.close(handle)
         if time.monotonic() > until:
             pid = probe_pid_file(path).pid or "?"
             raise Problem(
                 f"a worker daemon runs already: PID {pid} holds {path}",
-                "stop it (queuectl worker stop), or give another --pid-file",
-            )
+                "stop it (queuectl worker stop), or give another --pid-file")
         time.sleep(0.02)
 
+def _open_pid_file(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+def _lock_now(handle: int, path: str) -> bool:
+    """Returns whether we have got the lock of the file that the path names."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    # A daemon that stops may have removed the file since we opened it: the
+    # lock of such a file keeps nobody out.
+    return _same_file(handle, path)
+
+def _make_room(handle: int, path: str) -> None:
+    """Empties the file, and makes sure that the disk has room for a number."""
+    os.ftruncate(handle, 0)
+    try:
+        os.write(handle, b"\n" * 12)
+    except OSError as error:
+        os.unlink(path)
+        raise _unwritable(path, error) from None
+
+def _unwritable(path: str, error: OSError) -> Problem:
+    return Problem(
+        f"cannot write the PID file {path}: {error.strerror}",
+        "name another one: --pid-file FILE")
+
+# -- keeping workers up
+
+# A worker that ended in a crash is replaced after a pause. The pause doubles
+# with each crash up to the greatest one, and is short again after a worker
+# that ran steadily for some seconds.
+RESPAWN_PAUSE_S = 0.1
+RESPAWN_PAUSE_MAX_S = 30.0
+STEADY_AFTER_S = 10.0
+# Where the host has no process to spare, forking is tried again after so long.
+FORK_PAUSE_S = 1.0
+# After a second stop signal a worker has its kill_grace and this much more:
+# then it is killed.
+FORCED_STOP_S = 3
+# The signals that stop a supervisor. SIGHUP is one where a terminal went away.
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+# What a child exits with that an exception ended: EX_SOFTWARE of sysexits.h.
+CHILD_FAILED = 70
 
 def fork_child(work: Callable[[], int], say: Callable[[str], None]) -> int:
-    """The pid of a child that does `work` and exits with its status."""
+    """Returns the PID of a child that does `work` and exits with its status."""
     pid = os.fork()
     if pid:
         return pid
-    status = 70
+    status = CHILD_FAILED
     try:
         status = work()
     except BaseException:
         say(traceback.format_exc())
     finally:
-        os._exit(status)  # a child never returns into its parent's stack
+        # A child never returns into its parent's stack.
+        os._exit(status)
 
+class Pipe(NamedTuple):
+    """A pipe that the supervisor shares with its workers."""
+    read_end: int
+    write_end: int
 
 @dataclass
 class ChildProcess:
     """A worker process as its supervisor knows it."""
-
     slots: int
     registry: RunRegistry
+    # The dead workers whose place it takes, each with the tags of its runs.
     inherited: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    pid: int = 0
+    pid: int = 0  # 0 while it does not run
     started: float = 0.0
     pause_s: float = RESPAWN_PAUSE_S
+    # When to fork it; infinite once it is not to be replaced.
     spawn_at: float = 0.0
 
+    @property
+    def opened(self) -> bool:
+        """Whether its worker got as far as to come after those it inherited."""
+        _, kill_grace, _ = self.registry.read()
+        return kill_grace is not None
 
 class Supervisor:
-    """Forks the crew, keeps it up, and stops it."""
-
-    def __init__(
-        self, options: WorkerOptions, count: int, held: Collection[int] = ()
-    ) -> None:
+    """Forks the workers, keeps them up, and stops them."""
+    def __init__(self, options: WorkerOptions, count: int,
+                 private_handles: Collection[int] = ()) -> None:
+        """Prepares for `count` slots; nothing is forked before `run`."""
         self.options = options
         self.stopping = False
-        self.stop_signal = 0  # the second signal: leave with 128 + n
+        # The second stop signal: the exit status is then 128 and its number.
+        self.stop_signal = 0
         self.status = 0
-        self._held = held  # descriptors that only the supervisor may have
+        # Descriptors that no worker may have, for they hold a lock.
+        self._private_handles = private_handles
         self._kill_at = math.inf
-        # Asked now: the terminal is gone when it hangs up. nohup has it ignored.
-        self._on_terminal = (
-            _has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
-        )
-        processes = min(count, os.cpu_count() or 1)
-        shares = [len(range(at, count, processes)) for at in range(processes)]
-        self._children = [ChildProcess(slots, RunRegistry(slots)) for slots in shares]
+        # It is asked now, since the terminal is gone by the time it hangs up.
+        # Under nohup no hang-up may stop us: SIGHUP is a request to reload then.
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        self._on_terminal = _has_terminal() and not ignored
+        shares = _shares(count)
+        self._children = []
+        for slots in shares:
+            child = ChildProcess(slots, RunRegistry(slots))
+            self._children.append(child)
         self._siblings = SiblingWorkers(shares)
-        self._lifeline, self._life = os.pipe()
-        self._ready, self._ready_end = os.pipe()
+        # Only we hold its writing end: it closes when we are gone, however
+        # that came about.
+        self._lifeline = Pipe(*os.pipe())
+        # A worker writes to it once it has entered its row.
+        self._ready = Pipe(*os.pipe())
 
     def run(self, announce: Callable[[], None]) -> int:
-        """Keep the workers up until told to stop, or all drained; the exit status.
+        """Keeps the workers up until told to stop, or all have drained.
 
-        `announce` is called once, when the first worker has entered its row.
+        It calls `announce` once, when the first worker has entered its row,
+        and returns the exit status.
         """
+        # What a worker leaves behind becomes ours, to be reaped.
         become_subreaper()
         wake, _ = catch_signals()
+        ready = self._ready.read_end
         announced = False
-        while True:
-            pause_s = self._spawn_missing()
-            readable, _, _ = select.select([wake, self._ready], [], [], pause_s)
+        while not self._all_ended():
+            wait_s = self._spawn_missing()
+            readable, _, _ = select.select([wake, ready], [], [], wait_s)
             if wake in readable:
                 for number in os.read(wake, 4096):
                     self._handle_signal(number)
-            if self._ready in readable and os.read(self._ready, 4096) and not announced:
-                announced = True
-                announce()
+            if ready in readable:
+                os.read(ready, 4096)
+                if not announced:
+                    announced = True
+                    announce()
             self._reap()
-            if time.monotonic() >= self._kill_at:
-                self._kill_at = math.inf
-                self._signal(signal.SIGKILL)
-            if self.stopping and not any(child.pid for child in self._children):
-                self._end_inherited()
-                return 128 + self.stop_signal if self.stop_signal else self.status
+            self._kill_if_due()
+        self._end_inherited()
+        if self.stop_signal:
+            return 128 + self.stop_signal
+        return self.status
+
+    def _all_ended(self) -> bool:
+        """Returns whether we are stopping and no worker is left."""
+        running = any(child.pid for child in self._children)
+        return self.stopping and not running
+
+    # -- forking
 
     def _spawn_missing(self) -> float | None:
-        """Fork what is due; the seconds until the next timer, None if there is none."""
-        now, soonest = time.monotonic(), self._kill_at
+        """Forks what is due; returns the seconds until the next timer, if any."""
+        now = time.monotonic()
+        soonest = self._kill_at
         for child in self._children:
             if child.pid or self.stopping:
                 continue
@@ -7102,39 +8007,49 @@ class Supervisor:
                 self._fork(child)
             else:
                 soonest = min(soonest, child.spawn_at)
-        return None if math.isinf(soonest) else max(0.0, soonest - now)
+        if math.isinf(soonest):
+            return None
+        return max(0.0, soonest - now)
 
     def _fork(self, child: ChildProcess) -> None:
+        """Forks a worker, or plans to do so later where the host is short."""
         supervisor = os.getpid()
-
-        def work() -> int:
-            signal.set_wakeup_fd(-1)
-            for handle in (*self._held, self._life, self._ready):
-                os.close(handle)
-            become_subreaper()
-            number = self._children.index(child)
-            context = WorkerContext(
-                number,
-                self._siblings,
-                child.slots,
-                supervisor,
-                self._lifeline,
-                self._ready_end,
-                child.registry,
-                child.inherited,
-            )
-            return Worker(self.options, context).run()
-
+        work = functools.partial(self._run_worker, child, supervisor)
+        # Until the child has a pipe for signals of its own, it shares ours:
+        # what reached it there would reach us.
         signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
         try:
-            child.pid, child.started = (
-                fork_child(work, self.options.say),
-                time.monotonic(),
-            )
+            child.pid = fork_child(work, self.options.say)
+            child.started = time.monotonic()
         except OSError as error:
             self.options.say(f"cannot start a worker process: {error.strerror}")
-            child.spawn_at = time.monotonic() + 1.0
+            child.spawn_at = time.monotonic() + FORK_PAUSE_S
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+
+    def _run_worker(self, child: ChildProcess, supervisor: int) -> int:
+        """Runs a worker, in the child; returns its exit status."""
+        signal.set_wakeup_fd(-1)
+        lifeline, ready = self._lifeline, self._ready
+        # With a copy of the lifeline's writing end in a worker, the others
+        # would not see our end.
+        ours = (*self._private_handles, lifeline.write_end, ready.read_end)
+        for handle in ours:
+            os.close(handle)
+        become_subreaper()
+        number = self._children.index(child)
+        context = WorkerContext(
+            number,
+            self._siblings,
+            child.slots,
+            supervisor,
+            lifeline.read_end,
+            ready.write_end,
+            child.registry,
+            child.inherited)
+        worker = Worker(self.options, context)
+        return worker.run()
+
+    # -- when a worker has ended
 
     def _reap(self) -> None:
         for pid, status in reap():
@@ -7144,25 +8059,43 @@ class Supervisor:
                     self._on_end(child, status)
 
     def _on_end(self, child: ChildProcess, status: int) -> None:
-        """A worker ended: as told, or drained, or in a crash that we make good."""
-        if status == 1 or (status == 0 and (self.stopping or self.options.drain)):
-            # Told to, drained, or unable to go on: in each case this one is over.
-            self.status = max(self.status, status)
-            child.spawn_at = math.inf
-            if all(one.spawn_at == math.inf and not one.pid for one in self._children):
-                self.stopping = True
+        """Tells a worker that is over from a crash, which we make good."""
+        # With status 1 it is unable to go on, and another would be no better.
+        told = self.stopping or self.options.drain
+        if status == 1 or (status == 0 and told):
+            self._on_over(child, status)
             return
-        worker, grace_s, marks = child.registry.read()
-        how = f"signal {-status}" if status < 0 else f"exit status {status}"
-        self.options.say(
-            f"worker process of {worker or 'an unknown worker'} ended: {how}"
-        )
+        worker, _, run_tags = child.registry.read()
+        how = f"exit status {status}"
+        if status < 0:
+            how = f"signal {-status}"
+        who = worker or "an unknown worker"
+        self.options.say(f"worker process of {who} ended: {how}")
         if self.stopping:
-            terminate_tagged(marks, self._kill_grace())
+            # Nobody comes after it who would end its runs.
+            terminate_tagged(run_tags, self._kill_grace())
             self.status = 1
-            return
-        earlier = () if grace_s is not None else child.inherited
-        child.inherited = (*earlier, (worker, tuple(marks))) if worker else earlier
+        else:
+            self._replace(child)
+
+    def _on_over(self, child: ChildProcess, status: int) -> None:
+        """Keeps a worker's status; once all are over, so are we."""
+        self.status = max(self.status, status)
+        child.spawn_at = math.inf
+        for other in self._children:
+            if other.pid or other.spawn_at != math.inf:
+                return
+        self.stopping = True
+
+    def _replace(self, child: ChildProcess) -> None:
+        """Plans a new worker, which inherits what the dead one left running."""
+        worker, _, run_tags = child.registry.read()
+        # One that had opened was done with what it had inherited itself.
+        if child.opened:
+            child.inherited = ()
+        if worker:
+            orphaned = (worker, tuple(run_tags))
+            child.inherited = (*child.inherited, orphaned)
         child.registry = RunRegistry(child.slots)
         now = time.monotonic()
         if now - child.started > STEADY_AFTER_S:
@@ -7170,201 +8103,283 @@ class Supervisor:
         child.spawn_at = now + child.pause_s
         child.pause_s = min(2 * child.pause_s, RESPAWN_PAUSE_MAX_S)
 
-    def _kill_grace(self) -> float:
-        """As the workers have it, which may have learnt of another."""
-        return max(
-            self.options.settings.kill_grace,
-            *(child.registry.read()[1] or 0.0 for child in self._children),
-        )
-
     def _end_inherited(self) -> None:
-        """End what dead workers left running, where nobody came after them."""
-        left = [
-            mark
-            for child in self._children
-            if child.registry.read()[1] is None
-            for _, marks in child.inherited
-            for mark in marks
-        ]
-        if left:
-            terminate_tagged(left, self._kill_grace())
+        """Ends what dead workers left running, where nobody came after them."""
+        orphaned: list[str] = []
+        for child in self._children:
+            if child.opened:
+                continue
+            for _, run_tags in child.inherited:
+                orphaned.extend(run_tags)
+        if orphaned:
+            terminate_tagged(orphaned, self._kill_grace())
             self.status = 1
 
+    def _kill_grace(self) -> float:
+        """Returns the longest kill_grace that we or a worker know of, in seconds."""
+        # The workers read the settings in the database too, as we do not.
+        longest_s = self.options.settings.kill_grace
+        for child in self._children:
+            _, grace_s, _ = child.registry.read()
+            longest_s = max(longest_s, grace_s or 0.0)
+        return longest_s
+
+    # -- signals
+
     def _handle_signal(self, number: int) -> None:
+        """Acts on a signal: reads the settings again, stops, or stops at once."""
         if number == signal.SIGHUP and not self._on_terminal:
-            self.options.say("SIGHUP: reading the settings again")
-            environment = reread(self.options.say)
-            if environment:
-                self.options = dataclasses.replace(
-                    self.options, environment=environment
-                )
-                self._signal(signal.SIGHUP)
-        elif number in STOPS and not self.stopping:
+            self._reload()
+        elif number not in STOPS:
+            # SIGCHLD did enough by waking the loop.
+            return
+        elif not self.stopping:
             self.stopping = True
             self.options.say("stopping: running jobs may end; once more ends them now")
             self._signal(signal.SIGTERM)
-        elif number in STOPS and not self.stop_signal:
+        elif not self.stop_signal:
             self.stop_signal = number
             self.options.say("stopping now: running jobs are ended and handed back")
             self._signal(STOP_NOW_SIGNAL)
-            self._kill_at = time.monotonic() + self._kill_grace() + 3
+            wait_s = self._kill_grace() + FORCED_STOP_S
+            self._kill_at = time.monotonic() + wait_s
+
+    def _reload(self) -> None:
+        """Reads the settings again, and has the workers do so."""
+        self.options.say("SIGHUP: reading the settings again")
+        environment = reread(self.options.say)
+        if environment:
+            # Workers that are forked from now on begin with it.
+            self.options = dataclasses.replace(
+                self.options, environment=environment)
+            self._signal(signal.SIGHUP)
+
+    def _kill_if_due(self) -> None:
+        """Kills, once, the workers that outlived the time of a forced stop."""
+        if time.monotonic() >= self._kill_at:
+            self._kill_at = math.inf
+            self._signal(signal.SIGKILL)
 
     def _signal(self, number: int) -> None:
         for child in self._children:
             if child.pid:
                 send_signal(child.pid, number)
 
-
 def _has_terminal() -> bool:
-    """Whether a terminal controls us: then SIGHUP means that it went away."""
+    """Returns whether a terminal controls us: then SIGHUP means that it went away."""
     with contextlib.suppress(OSError):
-        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+        handle = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
+        os.close(handle)
         return True
     return False
 
+def _shares(count: int) -> list[int]:
+    """Returns the slots of each worker process, at most one process a CPU."""
+    processes = min(count, os.cpu_count() or 1)
+    least, rest = divmod(count, processes)
+    shares = [least] * processes
+    for number in range(rest):
+        shares[number] += 1
+    return shares
 
-def run_workers(
-    options: WorkerOptions, count: int, pid_file: str, log_file: str
-) -> int:
-    """Run the crew here or, given a log, as a daemon; the exit status."""
-    held = lock_pid_file(pid_file) if pid_file else -1
-    if log_file:
-        return _daemonize(options, count, pid_file, log_file, held)
-    return _serve(options, count, pid_file, held)
+# -- starting workers, here or as a daemon
 
+# How long the starter of a daemon waits for it to be ready.
+READY_WAIT_S = 30.0
 
-def _serve(
-    options: WorkerOptions, count: int, pid_file: str, held: int, ready_end: int = -1
-) -> int:
-    if held >= 0:
-        os.pwrite(held, f"{os.getpid()}\n".encode(), 0)
-    served = f"queues {', '.join(options.queues)}" if options.queues else "all queues"
-    slots = f"{count} slot{'s' * (count > 1)}"
+def run_workers(options: WorkerOptions, count: int,
+                pid_file: str, log_file: str) -> int:
+    """Runs workers here or, given a log, as a daemon; returns the exit status.
+
+    A daemon always has a PID file; in the foreground that may be "".
+    """
+    locked = None
+    if pid_file:
+        locked = lock_pid_file(pid_file)
+    if locked and log_file:
+        return _start_daemon(options, count, locked, log_file)
+    return _run_supervisor(options, count, locked)
+
+def _run_supervisor(options: WorkerOptions, count: int,
+                    pid_file: LockedPidFile | None, starter: int = -1) -> int:
+    """Runs the workers until they stop; returns the exit status.
+
+    Once the first is ready, that is said, and written to the pipe `starter`
+    if one is given.
+    """
+    private_handles = []
+    if pid_file:
+        pid_file.write_pid()
+        private_handles.append(pid_file.handle)
 
     def announce() -> None:
-        options.say(f"{slots} ready, serving {served} of {options.target}")
-        if ready_end >= 0:
-            with contextlib.suppress(BrokenPipeError):  # the starter did not wait
-                os.write(ready_end, b"+")
-            os.close(ready_end)
+        """Says that we are ready, in the log and to the starter."""
+        options.say(_ready_line(options, count))
+        if starter >= 0:
+            # The starter may not have waited for us.
+            with contextlib.suppress(BrokenPipeError):
+                os.write(starter, b"+")
+            os.close(starter)
 
     try:
-        return Supervisor(options, count, [held] if held >= 0 else []).run(announce)
+        supervisor = Supervisor(options, count, private_handles)
+        return supervisor.run(announce)
     finally:
         options.say("stopped")
-        # Somebody may have removed it, and another daemon have made its own.
-        if held >= 0 and _same_file(held, pid_file):
-            with contextlib.suppress(OSError):
-                os.unlink(pid_file)
+        if pid_file:
+            pid_file.remove()
 
+def _ready_line(options: WorkerOptions, count: int) -> str:
+    slots = "1 slot" if count == 1 else f"{count} slots"
+    served = "all queues"
+    if options.queues:
+        served = f"queues {', '.join(options.queues)}"
+    return f"{slots} ready, serving {served} of {options.target}"
 
-def _daemonize(
-    options: WorkerOptions, count: int, pid_file: str, log_file: str, held: int
-) -> int:
-    """Fork the daemon and wait until it is ready; if it dies first, print why."""
-    read_end, write_end = os.pipe()
+def _start_daemon(options: WorkerOptions, count: int,
+                  pid_file: LockedPidFile, log_file: str) -> int:
+    """Forks the daemon and returns 0 once it is ready.
+
+    If it dies first, or takes too long, it raises a Problem that shows its log.
+    """
+    # This comes first: the daemon itself could tell nobody.
+    _check_log(log_file)
+    pipe = Pipe(*os.pipe())
+
+    def run_daemon() -> int:
+        os.close(pipe.read_end)
+        _leave_terminal()
+        say = Log(log_file).say
+        quiet = dataclasses.replace(options, say=say, verbose=False)
+        return _run_supervisor(quiet, count, pid_file, pipe.write_end)
+
+    pid = fork_child(run_daemon, options.say)
+    # Our copies: the pipe must close when the daemon dies, and the daemon
+    # alone must hold the lock.
+    os.close(pipe.write_end)
+    os.close(pid_file.handle)
+    _await_ready(pid, pipe.read_end, log_file)
+    print(f"worker daemon started: PID {pid} in {pid_file.path}, "
+          f"log in {log_file}",
+          file=sys.stderr)
+    return 0
+
+def _check_log(path: str) -> None:
+    """Raises a Problem unless the log can be written; makes it if need be."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     try:
-        os.close(os.open(log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666))
+        handle = os.open(path, flags, 0o666)
     except OSError as error:
         raise Problem(
-            f"cannot write the log {log_file}: {error.strerror}",
-            "name another one: --log-file FILE",
-        ) from None
+            f"cannot write the log {path}: {error.strerror}",
+            "name another one: --log-file FILE") from None
+    os.close(handle)
 
-    def serve() -> int:
-        os.close(read_end)
-        os.setsid()
-        with open(os.devnull) as null:
-            os.dup2(null.fileno(), 0)
-        quiet = dataclasses.replace(options, say=Log(log_file).say, verbose=False)
-        return _serve(quiet, count, pid_file, held, write_end)
+def _leave_terminal() -> None:
+    """Begins a session without a terminal, and with nothing to read."""
+    os.setsid()
+    with open(os.devnull) as null:
+        os.dup2(null.fileno(), 0)
 
-    pid = fork_child(serve, options.say)
-    os.close(write_end)
-    os.close(held)
-    ready, _, _ = select.select([read_end], [], [], READY_WAIT_S)
-    if ready and os.read(read_end, 1):
-        print(
-            f"worker daemon started: PID {pid} in {pid_file}, log in {log_file}",
-            file=sys.stderr,
-        )
-        return 0
-    if not ready:
+def _await_ready(pid: int, handle: int, log_file: str) -> None:
+    """Returns once a daemon has written to the pipe `handle`.
+
+    If the pipe closes or nothing comes in time, it raises a Problem.
+    """
+    readable, _, _ = select.select([handle], [], [], READY_WAIT_S)
+    # The pipe of a daemon that died is readable too, but empty.
+    if readable and os.read(handle, 1):
+        return
+    if not readable:
         send_signal(pid, signal.SIGTERM)
     raise Problem(
         f"the worker daemon did not get ready{_log_tail(log_file)}",
         f"see {log_file}",
-        UNAVAILABLE,
-    )
+        UNAVAILABLE)
 
+# -- stopping a daemon
 
-def _log_tail(path: str) -> str:
-    with contextlib.suppress(OSError), open(path, errors="replace") as log:
-        lines = [line.rstrip() for line in log.readlines()[-5:]]
-        return ":\n  " + "\n  ".join(lines) if lines else ""
-    return ""
+def stop_daemon(path: str, now: bool, timeout_s: float,
+                waits_for: Callable[[int], str]) -> int:
+    """Stops the daemon that holds the PID file, and waits for its end.
 
-
-def stop_daemon(
-    path: str, now: bool, timeout_s: float, waits_for: Callable[[int], str]
-) -> int:
-    """Stop the daemon that holds the PID file, and wait for its end; the exit status.
-
-    A stranger is never signalled: the process is pinned first, then the lock is looked
-    at again, and only then is the signal sent.
+    It returns the exit status. `waits_for` gives words, or "", for the jobs
+    that the supervisor of that PID still waits for.
     """
-    standing = probe_pid_file(path)
-    until = time.monotonic() + 1
-    while standing.alive and not standing.pid and time.monotonic() < until:
-        time.sleep(0.02)  # it holds the lock and is about to write its number
-        standing = probe_pid_file(path)
+    standing = _probe_named(path)
     if not standing.alive:
-        stale = f"the PID file {path} is stale (no daemon holds it)"
-        why = stale if standing.found else f"there is no PID file {path}"
-        notice(f"no worker daemon: {why}\n  start one: queuectl worker start --daemon")
+        _say_no_daemon(path, standing)
         return 0
     if not standing.pid:
         raise Problem(
             f"the PID file {path} is held, but names no process",
-            "its daemon may be starting; look again: queuectl status",
-        )
-    with contextlib.suppress(ProcessLookupError), open_pidfd(standing.pid) as handle:
-        if probe_pid_file(path) != standing:
-            raise Problem(
-                f"the PID file {path} has just changed hands",
-                "look again: queuectl status",
-            )
-        if not has_file_open(standing.pid, path):
-            raise Problem(
-                f"the PID file {path} names process {standing.pid}, which is "
-                "not the one that holds it: nothing was signalled",
-                "stop the daemon in the container or on the host it runs in",
-            )
-        for number in [signal.SIGTERM] + [signal.SIGINT] * now:
-            send_signal(standing.pid, number, handle)
-        return _await_end(path, standing, timeout_s, waits_for)
+            "its daemon may be starting; look again: queuectl status")
+    # A stranger is never signalled: the process is pinned first, then the
+    # lock is looked at again, and only then is the signal sent.
+    pid = standing.pid
+    with contextlib.suppress(ProcessLookupError), open_pidfd(pid) as handle:
+        _check_daemon(path, standing)
+        send_signal(pid, signal.SIGTERM, handle)
+        if now:
+            # The second stop signal is what ends running jobs.
+            send_signal(pid, signal.SIGINT, handle)
+        return _await_stop(path, standing, timeout_s, waits_for)
+    # It has ended since.
     return 0
 
+def _probe_named(path: str) -> PidFileStatus:
+    """Returns what the PID file says, once a daemon that holds it is named."""
+    standing = probe_pid_file(path)
+    until = time.monotonic() + 1
+    while standing.alive and not standing.pid:
+        if time.monotonic() >= until:
+            break
+        # It has the lock and is about to write its number.
+        time.sleep(0.02)
+        standing = probe_pid_file(path)
+    return standing
 
-def _await_end(
-    path: str,
-    standing: PidFileStatus,
-    timeout_s: float,
-    waits_for: Callable[[int], str],
-) -> int:
-    started, daemon = time.monotonic(), f"worker daemon {standing.pid}"
+def _say_no_daemon(path: str, standing: PidFileStatus) -> None:
+    why = f"there is no PID file {path}"
+    if standing.found:
+        why = f"the PID file {path} is stale (no daemon holds it)"
+    notice(f"no worker daemon: {why}\n"
+           "  start one: queuectl worker start --daemon")
+
+def _check_daemon(path: str, standing: PidFileStatus) -> None:
+    """Raises a Problem unless the process named is surely the daemon."""
+    if probe_pid_file(path) != standing:
+        raise Problem(
+            f"the PID file {path} has just changed hands",
+            "look again: queuectl status")
+    # The folder may be shared with a container or another host, where the
+    # number is another process's.
+    if not has_file_open(standing.pid, path):
+        raise Problem(
+            f"the PID file {path} names process {standing.pid}, which is "
+            "not the one that holds it: nothing was signalled",
+            "stop the daemon in the container or on the host it runs in")
+
+def _await_stop(path: str, standing: PidFileStatus, timeout_s: float,
+                waits_for: Callable[[int], str]) -> int:
+    """Waits until the daemon gives its PID file up; returns the exit status.
+
+    After a second, and every ten seconds then, it says what is waited for.
+    """
+    started = time.monotonic()
     say_at = started + 1
+    daemon = f"worker daemon {standing.pid}"
     while probe_pid_file(path) == standing:
         now = time.monotonic()
         if now - started >= timeout_s:
-            notice(
-                f"{daemon} is still stopping after {say_duration(timeout_s)}"
-                f"{waits_for(standing.pid)}"
-            )
+            waited = say_duration(timeout_s)
+            jobs = waits_for(standing.pid)
+            notice(f"{daemon} is still stopping after {waited}{jobs}")
             return TIMED_OUT
         if now >= say_at:
             say_at = now + 10
-            notice(f"{daemon} stops{waits_for(standing.pid)}")
+            jobs = waits_for(standing.pid)
+            notice(f"{daemon} stops{jobs}")
         time.sleep(0.05)
     notice(f"{daemon} has stopped")
     return 0
@@ -7372,138 +8387,239 @@ def _await_end(
 
 # ---- private server ----------------------------------------------------------
 #
-# A private MySQL or MariaDB for a machine without one: data, socket and log in one
-# folder, reachable by that socket alone. Paths are relative to the folder, since an
-# absolute one with a space breaks MariaDB's installer.
+# A MySQL or MariaDB for a machine without one: its data, its socket and its
+# log lie in one folder, and `db start` needs nothing else. It listens on a
+# socket only, and the folder's mode is its lock. A server here is started and
+# stopped at will; its data must never be lost or half made by that.
 
-SERVER_FOLDERS = ("/usr/sbin", "/usr/libexec", "/usr/local/sbin",
-                  "/usr/local/mysql/bin")
-MARIADB = "mariadb-server-core mariadb-client-core"  # the latter for my_print_defaults
-SOCKET_PATH_MAX = 100
-SERVER_WAIT_S = 60.0
+# Where servers are installed that an ordinary PATH does not name.
+SERVER_FOLDERS = (
+    "/usr/sbin",
+    "/usr/libexec",
+    "/usr/local/sbin",
+    "/usr/local/mysql/bin",
+)
+# The packages that suffice. The latter is for my_print_defaults.
+MARIADB = "mariadb-server-core mariadb-client-core"
 
 def find_server() -> str:
-    """The path of a mysqld or mariadbd on this machine; Problem if there is none."""
-    path = os.pathsep.join([os.environ.get("PATH", ""), *SERVER_FOLDERS])
-    found = shutil.which("mysqld", path=path) or shutil.which("mariadbd", path=path)
+    """Returns the path of a mysqld or mariadbd on this machine.
+
+    It raises a Problem if there is none.
+    """
+    folders = [os.environ.get("PATH", ""), *SERVER_FOLDERS]
+    path = os.pathsep.join(folders)
+    found = shutil.which("mysqld", path=path)
     if not found:
-        raise Problem(f"no mysqld or mariadbd in PATH, {', '.join(SERVER_FOLDERS)}",
-                      f"install one (Debian: apt install {MARIADB}), or point DB_HOST "
-                      "at a server", UNAVAILABLE)
+        found = shutil.which("mariadbd", path=path)
+    if not found:
+        raise Problem(
+            f"no mysqld or mariadbd in PATH, {', '.join(SERVER_FOLDERS)}",
+            f"install one (Debian: apt install {MARIADB}), or point DB_HOST "
+            "at a server",
+            UNAVAILABLE)
     return found
 
-# A MariaDB that starts deletes the temporary tables of all others that share its
-# folder for them, and was seen to crash one by that (10.11.19).
+# A MariaDB that starts deletes the temporary tables of all others that share
+# its folder for them, and was seen to crash one by that (10.11.19).
 OWN_TMPDIR = "--tmpdir=."
+# The kernel takes 107 bytes for a socket's path.
+SOCKET_PATH_MAX = 100
+# How long a server may take to answer, or to end.
+SERVER_WAIT_S = 60.0
+# How long a start waits for a server that was shut down just before.
+DYING_WAIT_S = 10.0
 
 class PrivateServer:
     """A server in a folder of its own: start and stop, as often as one likes."""
     def __init__(self, folder: str, program: str = "") -> None:
-        self.folder, self.program = absolute(folder), program
+        """Takes the folder, which need not be there, and the program if known."""
+        self.folder = absolute(folder)
+        # Empty until a start has found one.
+        self.program = program
         self.log = os.path.join(self.folder, "server.log")
         self._pid_file = os.path.join(self.folder, "mysqld.pid")
         self._data = os.path.join(self.folder, "data")
 
     @property
     def socket(self) -> str:
+        """The path of its socket."""
         return private_socket(self.folder)
 
     def running(self) -> int:
-        """The server's PID, if it answers on its socket; else 0."""
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+        """Returns the server's PID, if it answers on its socket; else 0."""
+        family = socket.AF_UNIX
+        with contextlib.suppress(OSError), socket.socket(family) as probe:
             probe.settimeout(5)
             probe.connect(self.socket)
-            if probe.recv(1):  # a dying server still accepts, but says nothing
+            # A dying server still accepts, but says nothing.
+            if probe.recv(1):
                 return self._noted_pid()
         return 0
 
     def start(self) -> bool:
-        """Have it run, with its data made if need be; False if it ran already."""
+        """Has the server run, with its data made if need be.
+
+        It returns False if the server ran already, and raises a Problem if it
+        cannot be brought up.
+        """
         os.makedirs(self.folder, exist_ok=True)
-        os.chmod(self.folder, 0o700)  # the only lock: root has no password here
-        with open(os.path.join(self.folder, "lock"), "w") as lock:
+        # This keeps others out: root has no password here.
+        os.chmod(self.folder, 0o700)
+        # Of two starts at once, the second finds a server that runs.
+        lock_path = os.path.join(self.folder, "lock")
+        with open(lock_path, "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self.running():
                 return False
-            self.program = self.program or find_server()
+            if not self.program:
+                self.program = find_server()
             self._place_socket()
-            dying = self._noted_pid()  # it holds its socket's lock until it is gone
-            with contextlib.suppress(OSError, Problem):
-                self._until(lambda: not (dying and is_alive(dying)), 10,
-                            "is still ending")
+            self._await_dying()
             if not os.path.isdir(self._data):
                 self._install()
             self._launch()
         return True
 
     def stop(self) -> bool:
-        """Shut it down and wait for its end; False if it did not run."""
+        """Shuts the server down and waits for its end; False if it did not run."""
         pid = self.running()
-        if pid:
-            send_signal(pid, signal.SIGTERM)
-            self._until(lambda: not is_alive(pid), SERVER_WAIT_S, "did not stop")
-        return bool(pid)
+        if not pid:
+            return False
+        send_signal(pid, signal.SIGTERM)
+        self._until(lambda: not is_alive(pid), SERVER_WAIT_S, "did not stop")
+        return True
 
     def _noted_pid(self) -> int:
-        with contextlib.suppress(OSError, ValueError), open(self._pid_file) as file:
-            return int(file.read())
-        return 0
+        """Returns the PID that the server wrote down; 0 if there is none."""
+        try:
+            with open(self._pid_file) as file:
+                return int(file.read())
+        except (OSError, ValueError):
+            return 0
 
     def _place_socket(self) -> None:
+        """Finds a shorter place for the socket where the folder's path is long."""
         plain = os.path.join(self.folder, "mysqld.sock")
+        if len(os.fsencode(plain)) <= SOCKET_PATH_MAX:
+            return
+        placed = os.path.dirname(self.socket)
+        # What was placed before serves again, unless a cleaner of /tmp came.
+        if placed != self.folder and os.path.isdir(placed):
+            return
+        elsewhere = tempfile.mkdtemp(prefix="queuectl-")
         note = os.path.join(self.folder, "socket")
-        noted = os.path.dirname(private_socket(self.folder))  # a cleaner may have come
-        if len(os.fsencode(plain)) > SOCKET_PATH_MAX and (
-                noted == self.folder or not os.path.isdir(noted)):
-            elsewhere = tempfile.mkdtemp(prefix="queuectl-")
-            with open(note, "w") as file:
-                file.write(os.path.join(elsewhere, "mysqld.sock"))
+        with open(note, "w") as file:
+            file.write(os.path.join(elsewhere, "mysqld.sock"))
+
+    def _await_dying(self) -> None:
+        """Waits a while for an earlier server that is still ending."""
+        # It holds its socket's lock until it is gone. The number may be an
+        # old one that has passed to a stranger, so a start is tried anyway.
+        dying = self._noted_pid()
+        if not dying:
+            return
+        with contextlib.suppress(OSError, Problem):
+            self._until(
+                lambda: not is_alive(dying), DYING_WAIT_S, "is still ending")
 
     def _mariadb(self) -> bool:
-        """By its own word: Debian's `mysqld` may be MariaDB."""
-        told = subprocess.run([self.program, "--version"], stdin=subprocess.DEVNULL,
-                              capture_output=True, text=True, check=False)
+        """Returns whether the program is MariaDB, by its own word."""
+        # Its name does not tell: Debian's `mysqld` may be MariaDB.
+        told = subprocess.run(
+            [self.program, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False)
         return "mariadb" in told.stdout.lower()
 
     def _install(self) -> None:
-        """Make the data folder beside its place, then move it there whole."""
+        """Makes the data folder; it raises a Problem that shows the log."""
+        # It is made beside its place and moved there whole: what was cut short
+        # is not taken for data.
         making = os.path.join(self.folder, "data.new")
         shutil.rmtree(making, ignore_errors=True)
-        command = [self.program, "--no-defaults", "--initialize-insecure",
-                   f"--datadir={making}", OWN_TMPDIR]
         if self._mariadb():
-            for tool in ("my_print_defaults", "mariadb-install-db"):
-                installer = shutil.which(tool) or ""
-                if not installer:
-                    raise Problem(f"{self.program} is there, but {tool} is not",
-                                  f"install both (Debian: apt install {MARIADB})",
-                                  UNAVAILABLE)
-            command = [installer, "--no-defaults", "--datadir=./data.new", OWN_TMPDIR,
-                       "--skip-test-db", "--auth-root-authentication-method=normal"]
-        command += ["--user=root"] if os.geteuid() == 0 else []
+            command = self._mariadb_installer()
+        else:
+            command = [
+                self.program, "--no-defaults", "--initialize-insecure",
+                f"--datadir={making}", OWN_TMPDIR,
+            ]
+        command += self._as_root()
         with open(self.log, "ab") as log:
-            done = subprocess.run(command, cwd=self.folder, stdout=log, stderr=log,
-                                  stdin=subprocess.DEVNULL, check=False)
+            done = subprocess.run(
+                command, cwd=self.folder, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, check=False)
         if done.returncode or not os.path.isdir(making):
             raise self._failure("could not make its data folder")
         os.rename(making, self._data)
 
+    def _mariadb_installer(self) -> list[str]:
+        """Returns the command that makes a MariaDB's data, in `data.new`."""
+        # The installer runs the first of these, which comes in another package.
+        for tool in ("my_print_defaults", "mariadb-install-db"):
+            installer = shutil.which(tool)
+            if not installer:
+                raise Problem(
+                    f"{self.program} is there, but {tool} is not",
+                    f"install both (Debian: apt install {MARIADB})",
+                    UNAVAILABLE)
+        return [
+            installer or "",
+            "--no-defaults",
+            "--datadir=./data.new",
+            OWN_TMPDIR,
+            "--skip-test-db",
+            "--auth-root-authentication-method=normal",
+        ]
+
     def _launch(self) -> None:
-        command = [self.program, "--no-defaults", f"--datadir={self._data}",
-                   f"--socket={self.socket}", "--skip-networking",
-                   f"--pid-file={self._pid_file}", OWN_TMPDIR]
-        command += ["--user=root"] if os.geteuid() == 0 else []
-        command += [] if self._mariadb() else ["--mysqlx=OFF"]
+        """Starts the server and waits until it answers, or raises a Problem."""
+        command = self._server_command()
+        # A session of its own: the terminal's Ctrl-C is not meant for it.
         with open(self.log, "ab") as log:
-            server = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log,
-                                      stdin=subprocess.DEVNULL, start_new_session=True)
-        self._until(lambda: bool(self.running()) or server.poll() is not None,
-                    SERVER_WAIT_S, "did not answer")
+            server = subprocess.Popen(
+                command, cwd=self.folder, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, start_new_session=True)
+
+        def answers_or_ended() -> bool:
+            return bool(self.running()) or server.poll() is not None
+
+        self._until(answers_or_ended, SERVER_WAIT_S, "did not answer")
         if server.poll() is not None:
             raise self._failure("did not start")
-        server.returncode = 0  # it outlives us
+        # It outlives us: without this, Python warns of a child left running.
+        server.returncode = 0
 
-    def _until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
+    def _server_command(self) -> list[str]:
+        """Returns the command line of the server itself."""
+        command = [
+            self.program,
+            "--no-defaults",
+            f"--datadir={self._data}",
+            f"--socket={self.socket}",
+            "--skip-networking",
+            f"--pid-file={self._pid_file}",
+            OWN_TMPDIR,
+        ]
+        command += self._as_root()
+        # MySQL's second protocol would listen at places of its own. MariaDB
+        # has none, and refuses the option.
+        if not self._mariadb():
+            command.append("--mysqlx=OFF")
+        return command
+
+    def _as_root(self) -> list[str]:
+        """Returns the option without which a server refuses to run as root."""
+        if os.geteuid() == 0:
+            return ["--user=root"]
+        return []
+
+    def _until(self, condition: Callable[[], bool],
+               seconds: float, what: str) -> None:
+        """Waits for a condition; a Problem says `what` did not come about."""
         until = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > until:
@@ -7511,170 +8627,230 @@ class PrivateServer:
             time.sleep(0.05)
 
     def _failure(self, what: str) -> Problem:
-        profile = f"/etc/apparmor.d/usr.sbin.{os.path.basename(self.program)}"
+        """Returns a Problem that shows the server's last words."""
         hint = f"see {self.log}"
+        # A confined program may not use our folder, and its log does not name
+        # the cause.
+        name = os.path.basename(self.program)
+        profile = f"/etc/apparmor.d/usr.sbin.{name}"
         if os.path.exists(profile):
-            hint = (f"AppArmor confines {self.program} ({profile}): use a server that "
-                    "is set up (DB_HOST), or have an administrator allow this folder")
-        return Problem(f"the private server {what}{_log_tail(self.log)}", hint,
-                       UNAVAILABLE)
+            hint = (
+                f"AppArmor confines {self.program} ({profile}): use a server "
+                "that is set up (DB_HOST), or have an administrator allow "
+                "this folder")
+        return Problem(
+            f"the private server {what}{_log_tail(self.log)}",
+            hint,
+            UNAVAILABLE)
 
 
 # ---- terminal ----------------------------------------------------------------
 #
-# What people and programs read. Results go to standard output, talk to standard error.
-# No control character of a command or its output reaches a terminal.
-
-BOX = ("┌─┬┐", "│ ││", "├─┼┤", "└─┴┘")
-ASCII_BOX = ("+-++", "| ||", "+-++", "+-++")
-
+# What a person or a program reads: lines, tables, JSON, a job's output and a
+# bar of progress. Results go to standard output and all else to standard
+# error. What came out of the database must never steer the terminal: its
+# control characters are shown, not sent.
 
 def escaped(text: str) -> str:
-    """`text` on one line, with its control characters shown."""
+    """Returns the text on one line, with its control characters shown."""
     return text.translate(ESCAPES)
 
-
 def print_notice(text: str) -> None:
-    """A line of talk."""
+    """Prints a line of talk beside a result, on standard error."""
     print(text, file=sys.stderr)
 
-
 def print_line(text: str) -> None:
-    """A line of the result; what the locale cannot show becomes `?`."""
+    """Prints a line of the result; what the locale cannot show becomes `?`."""
     try:
         print(text)
     except UnicodeEncodeError:
         encoding = sys.stdout.encoding or "ascii"
-        print(text.encode(encoding, "replace").decode(encoding))
-
+        data = text.encode(encoding, "replace")
+        print(data.decode(encoding))
 
 def print_json(document: Json) -> None:
+    """Prints a document as JSON, on one line."""
     print(json.dumps(document))
 
-
 def print_output(pieces: Iterable[bytes]) -> None:
-    """A job's output: raw on a pipe; on a terminal control characters are shown."""
-    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-    text = "\n"
+    """Prints a job's output, piece by piece, and ends its last line.
+
+    It goes out as it is into a file or a pipe. On a terminal its control
+    characters are shown.
+    """
+    # A character may begin in one piece and end in the next.
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    last = "\n"
     for piece in pieces:
         if sys.stdout.isatty():
-            text = decode(piece).translate(MULTILINE) or text
-            sys.stdout.write(text)
+            text = decoder.decode(piece)
+            printable = text.translate(MULTILINE)
+            sys.stdout.write(printable)
+            # A piece may be a part of a character only, and print nothing.
+            last = printable or last
         else:
             sys.stdout.buffer.write(piece)
+        # Whoever follows a job sees each piece as it comes.
         sys.stdout.flush()
-    if not text.endswith("\n"):
+    if not last.endswith("\n"):
         print_line("")
 
+def print_progress(part: float) -> None:
+    """Shows how much is done, from 0 to 1, as a bar on a terminal's last line.
+
+    The bar is gone when all is done.
+    """
+    if not sys.stderr.isatty():
+        return
+    bar = " " * 32
+    if part < 1:
+        done = "#" * round(30 * part)
+        bar = f"[{done:30}]"
+    print(f"\r{bar}\r", end="", file=sys.stderr, flush=True)
+
+# -- widths
 
 def columns_of(text: str) -> int:
-    """How many columns a terminal gives `text`."""
+    """Returns how many columns a terminal gives the text."""
     if text.isascii():
         return len(text)
+    # Most texts are ASCII, and need not pay for this import.
     import unicodedata
-
-    return sum(
-        1 + (unicodedata.east_asian_width(char) in "WF")
-        for char in text
-        if not unicodedata.combining(char)
-    )
-
+    columns = 0
+    for char in text:
+        # An accent stands above the letter before it.
+        if unicodedata.combining(char):
+            continue
+        # Wide and full-width characters, as Chinese has, take two columns.
+        wide = unicodedata.east_asian_width(char) in "WF"
+        columns += 1
+        if wide:
+            columns += 1
+    return columns
 
 def fit(text: str, width: int) -> str:
-    """`text` padded to `width` columns, or cut with a mark."""
+    """Returns the text padded to `width` columns, or cut, with a mark."""
     if columns_of(text) > width:
         while text and columns_of(text) > width - 1:
             text = text[:-1]
         text += "…"
-    return text + " " * (width - columns_of(text))
-
+    missing = width - columns_of(text)
+    return text + " " * missing
 
 def terminal_width() -> int:
-    """Columns of the terminal; a generous width where there is none."""
+    """Returns the terminal's columns; a generous width where there is none."""
     try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns or 80
+        size = os.get_terminal_size(sys.stdout.fileno())
     except OSError:
         return 200
+    # A terminal that does not know its size says 0.
+    return size.columns or 80
 
+# -- tables
 
-def print_progress(part: float) -> None:
-    """A bar on a terminal's last line; gone when all is done."""
-    if sys.stderr.isatty():
-        bar = f"[{'#' * round(30 * part):30}]" if part < 1 else " " * 32
-        print(f"\r{bar}\r", end="", file=sys.stderr, flush=True)
+# Each row: the left corner, the line, what parts two columns, the right corner.
+# They stand for a table's top, its cells, the rule below the titles, its end.
+BOX = ("┌─┬┐", "│ ││", "├─┼┤", "└─┴┘")
+ASCII_BOX = ("+-++", "| ||", "+-++", "+-++")
+# A narrow terminal leaves a table's last column at least so many columns.
+LAST_COLUMN_MIN = 12
 
+def print_table(
+        titles: Sequence[str],
+        rows: Iterable[Sequence[object]],
+        spare: Sequence[str] = ()) -> None:
+    """Prints a table that fits into the terminal, if it can.
+
+    Where the terminal is too narrow, the last column gives way down to 12
+    columns, then the `spare` ones are left out in their order.
+    """
+    table = [list(titles)]
+    for row in rows:
+        cells = [_cell_text(cell) for cell in row]
+        table.append(cells)
+    columns = list(zip(*table))
+    widths = []
+    for column in columns:
+        widths.append(max(map(columns_of, column)))
+    last_min = min(widths[-1], LAST_COLUMN_MIN)
+    for title in spare:
+        if _width_of_last(widths) >= last_min:
+            break
+        shown = [column[0] for column in columns]
+        number = shown.index(title)
+        del columns[number]
+        del widths[number]
+    left = _width_of_last(widths)
+    last_max = max(left, last_min)
+    widths[-1] = min(widths[-1], last_max)
+    _draw_table(columns, widths)
+
+def _cell_text(cell: object) -> str:
+    if cell is None:
+        return ""
+    return escaped(str(cell))
+
+def _width_of_last(widths: Sequence[int]) -> int:
+    """Returns what the terminal has left for the last column; it may be negative."""
+    others = sum(widths[:-1])
+    # Each column has a line and a blank before it and a blank behind it, and a
+    # line ends the row.
+    frame = 3 * len(widths) + 1
+    return terminal_width() - others - frame
+
+def _draw_table(columns: Sequence[Sequence[str]], widths: Sequence[int]) -> None:
+    """Prints the columns in a frame, with a rule below their titles."""
+    top, sides, middle, bottom = _box()
+    side = sides[0]
+    print_line(_table_rule(top, widths))
+    for number, row in enumerate(zip(*columns)):
+        cells = map(fit, row, widths)
+        inside = f" {side} ".join(cells)
+        print_line(f"{side} {inside} {side}")
+        if number == 0:
+            print_line(_table_rule(middle, widths))
+    print_line(_table_rule(bottom, widths))
 
 def _box() -> Sequence[str]:
+    """Returns what tables are drawn with; plain ASCII where no more is shown."""
+    encoding = sys.stdout.encoding or "ascii"
     try:
-        "".join(BOX).encode(sys.stdout.encoding or "ascii")
+        "".join(BOX).encode(encoding)
     except UnicodeEncodeError:
         return ASCII_BOX
     return BOX
 
-
-def print_table(
-    titles: Sequence[str], rows: Iterable[Sequence[object]], spare: Sequence[str] = ()
-) -> None:
-    """A table. Where the terminal is too narrow, its last column gives way down to 12
-    columns, then the `spare` ones are left out in their order."""
-    columns = [
-        list(column)
-        for column in zip(
-            titles,
-            *(
-                [escaped("" if cell is None else str(cell)) for cell in row]
-                for row in rows
-            ),
-        )
-    ]
-    widths = [max(map(columns_of, column)) for column in columns]
-    last = min(widths[-1], 12)
-    for title in [*spare, ""]:
-        room = terminal_width() - sum(widths[:-1]) - 3 * len(widths) - 1
-        if room >= last or not title:
-            break
-        at = next(at for at, column in enumerate(columns) if column[0] == title)
-        del columns[at], widths[at]
-    widths[-1] = min(widths[-1], max(room, last))
-    top, sides, middle, bottom = _box()
-
-    def rule(shape: str) -> str:
-        inside = shape[2].join(shape[1] * (width + 2) for width in widths)
-        return shape[0] + inside + shape[3]
-
-    print_line(rule(top))
-    for number, row in enumerate(zip(*columns)):
-        inside = f" {sides[2]} ".join(map(fit, row, widths))
-        print_line(f"{sides[0]} {inside} {sides[3]}")
-        if number == 0:
-            print_line(rule(middle))
-    print_line(rule(bottom))
-
+def _table_rule(shape: str, widths: Sequence[int]) -> str:
+    """Returns a line across the table, drawn with a row of the box."""
+    # A blank stands on either side of what a column shows.
+    parts = [shape[1] * (width + 2) for width in widths]
+    inside = shape[2].join(parts)
+    return shape[0] + inside + shape[3]
 
 def print_rows(
-    rows: Sequence[Mapping[str, Json]],
-    as_json: bool,
-    titles: Sequence[str],
-    keys: Sequence[str],
-    spare: Sequence[str] = (),
-) -> None:
-    """Rows for programs, an object a line, or as a table of these keys."""
+        rows: Sequence[Mapping[str, Json]],
+        as_json: bool,
+        titles: Sequence[str],
+        keys: Sequence[str],
+        spare: Sequence[str] = ()) -> None:
+    """Prints rows as JSON, an object a line, or as a table of these keys."""
     if as_json:
         for row in rows:
             print_json(dict(row))
-    else:
-        shown = {True: "yes", False: ""}
-        print_table(
-            titles,
-            [
-                [
-                    shown[cell] if isinstance(cell := row[key], bool) else cell
-                    for key in keys
-                ]
-                for row in rows
-            ],
-            spare,
-        )
+        return
+    table = []
+    for row in rows:
+        cells = [_yes_or_blank(row[key]) for key in keys]
+        table.append(cells)
+    print_table(titles, table, spare)
+
+def _yes_or_blank(value: Json) -> Json:
+    """Returns a truth as a table shows it, and any other value as it is."""
+    if value is True:
+        return "yes"
+    if value is False:
+        return ""
+    return value
 
 
 # ---- explain -----------------------------------------------------------------
@@ -7691,13 +8867,21 @@ def explain(store: JobStore, job_id: str) -> tuple[JobRow, str]:
     return found.row, _Explanation(store, found, now).sentence()
 
 
+class WatchedRun(NamedTuple):
+    """A running job, as far as it can be silent or be asked to end."""
+    cancel_requested_at: Moment
+    heartbeat_at: Moment
+    lease_s: float
+
 class _Explanation:
+    """One job, and what is asked of the queue to explain where it is."""
     def __init__(
         self, store: JobStore, job: JobDetails, now: datetime.datetime
     ) -> None:
         self.store, self.job, self.view, self.now = store, job, job.row, now
 
     def sentence(self) -> str:
+        """Returns the sentence for the state that the job is in."""
         view, ago = self.view, self._ago(self.view.finished_at)
         if view.state == State.PENDING:
             return self._pending()
@@ -7716,7 +8900,11 @@ class _Explanation:
         return f"{view.state}{where}{took}, {ago}"
 
     def _rows(self, statement: str, *values: object) -> list[tuple[str, ...]]:
-        return self.store.rows(lambda *row: row, statement, *values)
+        """Returns what a statement finds, as it is."""
+        def work(cursor: Cursor) -> list[tuple[str, ...]]:
+            cursor.execute(statement, values)
+            return list(cursor.fetchall())
+        return self.store.database.read(work)
 
     def _ago(self, moment: Moment) -> str:
         return f"{self._since(moment)} ago"
@@ -7734,25 +8922,28 @@ class _Explanation:
         return f"attempt {number} of {max(self.view.max_attempts, number)}"
 
     def _later(self) -> str:
+        """Says when a scheduled or failed job is due, and what keeps it then."""
         view, next_one = self.view, self._attempt(self.view.attempts + 1)
         if view.next_run_at and view.next_run_at <= self.now:
             return f"due ({next_one}): {self._pending()}"
         failed = f"; {self._outcome(1)}" if view.state == State.FAILED else ""
         unserved = self._unserved()
-        return (
-            f"due in {self._since(view.next_run_at)} ({next_one}){failed}"
-            + f"; then {unserved}" * bool(unserved)
-        )
+        text = f"due in {self._since(view.next_run_at)} ({next_one}){failed}"
+        if unserved:
+            text += f"; then {unserved}"
+        return text
 
-    def _serving(self) -> list[dict[str, Json]]:
-        return [
-            worker
-            for worker in self.store.workers()
-            if worker["state"] == "running"
-            and self.view.queue in (as_list(worker["queues"]) or [self.view.queue])
-        ]
+    def _serving(self) -> list[WorkerRow]:
+        """Returns the live workers that serve the job's queue."""
+        serving = []
+        for worker in self.store.workers():
+            names = worker.queues or [self.view.queue]
+            if worker.state == "running" and self.view.queue in names:
+                serving.append(worker)
+        return serving
 
     def _unserved(self) -> str:
+        """Says that no live worker serves the queue; empty where one does."""
         name = self.view.queue
         return (
             ""
@@ -7764,6 +8955,7 @@ class _Explanation:
         )
 
     def _pending(self) -> str:
+        """Says what a pending job waits for: a person, a limit, a worker, a slot."""
         view, name, busy = self.view, self.view.queue, f"queue `{self.view.queue}`"
         for limit, paused in self._rows(
             "SELECT max_running, paused_at FROM queues WHERE name = %s", name
@@ -7789,14 +8981,14 @@ class _Explanation:
             ALONE_AFTER_LOSSES,
         ):
             return "lost with its worker twice: it runs alone, once a worker is idle"
-        slots, taken = (
-            sum(int(str(one[key])) for one in self._serving())
-            for key in ("slots", "busy")
-        )
+        serving = self._serving()
+        slots = sum(worker.slots for worker in serving)
+        taken = sum(worker.busy for worker in serving)
         free = f"{slots - taken} of {slots} slots that serve {busy} are free"
         return f"{self._ahead()[2:] or 'next in ' + busy}; {free}"
 
     def _ahead(self) -> str:
+        """Says how many jobs of the queue come before this one; empty if none."""
         view = self.view
         [count] = self.store.rows(
             int,
@@ -7808,39 +9000,38 @@ class _Explanation:
             -view.priority,
             view.seq,
         )
-        more = f"{count:,}" + "+" * (count == COUNTED_UP_TO)
-        return (
-            f"; {more} job{'s' * (count != 1)} ahead in queue `{view.queue}`"
-            if count
-            else ""
-        )
+        if not count:
+            return ""
+        more = f"{count:,}+" if count == COUNTED_UP_TO else f"{count:,}"
+        jobs = "job" if count == 1 else "jobs"
+        return f"; {more} {jobs} ahead in queue `{view.queue}`"
 
     def _processing(self) -> str:
+        """Says where the job runs, for how long, and if its worker is silent."""
         view = self.view
         limit = f", time limit {say_duration(view.timeout)}" if view.timeout else ""
         text = (
             f"runs on {self._host()} for {self._since(view.started_at)} "
             f"({self._attempt(view.attempts)}{limit})"
         )
-        for asked, beat_at, lease in self.store.rows(
-            lambda *row: row,
-            "SELECT cancel_requested_at, heartbeat_at, lease_s "
-            "FROM jobs LEFT JOIN workers ON workers.id = worker WHERE seq = %s",
-            view.seq,
-        ):
-            if asked:
-                text += f"; cancelled {self._ago(asked)}, its worker is to end it"
-            if not beat_at:
+        for run in self.store.database.records(
+                WatchedRun,
+                "SELECT cancel_requested_at, heartbeat_at, lease_s "
+                "FROM jobs LEFT JOIN workers ON workers.id = worker WHERE seq = %s",
+                view.seq):
+            if run.cancel_requested_at:
+                asked = self._ago(run.cancel_requested_at)
+                text += f"; cancelled {asked}, its worker is to end it"
+            if not run.heartbeat_at:
                 text += f"; its worker {view.worker} is gone, another is to take over"
-            elif (self.now - beat_at).total_seconds() > lease / 2:
-                text += (
-                    f"; its worker {view.worker} has been silent for "
-                    f"{self._since(beat_at)}: lost after {say_duration(lease)}, "
-                    "if another is there to see"
-                )
+            elif (self.now - run.heartbeat_at).total_seconds() > run.lease_s / 2:
+                text += (f"; its worker {view.worker} has been silent for "
+                         f"{self._since(run.heartbeat_at)}: lost after "
+                         f"{say_duration(run.lease_s)}, if another is there to see")
         return text
 
     def _blocked(self) -> str:
+        """Says which jobs it waits for, and where they are."""
         unmet = self._rows(
             f"SELECT id, state, worker FROM {PARENTS_SQL} WHERE child = %s "
             f"AND NOT {MET_SQL} ORDER BY parent",
@@ -7861,6 +9052,7 @@ class _Explanation:
         return f"waits for {'; '.join(told)}{more}"
 
     def _outcome(self, times: int) -> str:
+        """Says how its last run ended, and how often."""
         view = self.view
         what = (
             f"{view.reason} {view.exit_code}"
@@ -7871,6 +9063,7 @@ class _Explanation:
         return f"{what} {often}"
 
     def _dead(self) -> str:
+        """Says what it died of, with its last line."""
         view = self.view
         times = sum(
             (run.reason, run.exit_code) == (view.reason, view.exit_code)
@@ -7918,52 +9111,85 @@ def check_all(target: ConnectionInfo, settings: Settings) -> Iterator[Check]:
         yield _check_doorbell(one, settings)
         yield from _check_work(JobStore(one, settings))
 
+SERVER_VARIABLES = (
+    "log_bin", "transaction_isolation", "tx_isolation", "binlog_format",
+    "sync_binlog", "innodb_flush_log_at_trx_commit", "max_connections",
+    "max_allowed_packet")
+
 def _check_server(one: Database) -> Iterator[Check]:
-    found: dict[str, str] = dict(one.rows(
-        lambda *row: row, "SHOW VARIABLES WHERE Variable_name IN ('log_bin', "
-        "'transaction_isolation', 'tx_isolation', 'binlog_format', 'sync_binlog', "
-        "'innodb_flush_log_at_trx_commit', 'max_connections', 'max_allowed_packet')"))
-    status: dict[str, str] = dict(one.rows(
-        lambda *row: row, "SHOW STATUS WHERE Variable_name IN ('Ssl_cipher', "
-        "'Threads_connected')"))
-    least = (10, 6) if one.mariadb else (8, 0)
-    release = [int(part) for part in re.findall(r"\d+", one.version)[:2]]
-    yield Check("server", release >= [*least], one.version,
-                f"from {least[0]}.{least[1]} on claims do not wait for each other")
-    cipher, mode = status.get("Ssl_cipher", ""), one.target.ssl_mode
-    hosts = {host for host, _ in one.target.hosts} - {"127.0.0.1", "::1", "localhost"}
-    sure = "verified" if mode.startswith("verify") else "not verified"
-    yield Check("TLS", bool(cipher or not hosts),
-                f"{cipher}, the server's certificate is {sure}" if cipher else
-                "none" + ", by a socket" * bool(one.target.socket),
-                "set DB_SSL_MODE=required, or verify_identity and DB_SSL_CA")
-    level = found.get("transaction_isolation") or found.get("tx_isolation", "")
-    logged = f"binlog_format {found.get('binlog_format')}" \
-        if found["log_bin"] == "ON" else "no binlog"
-    yield Check("isolation", level == "READ-COMMITTED" and one.read_committed,
-                f"{level}, {logged}", "SET PERSIST binlog_format = 'ROW'")
-    flush = [(name, found[name]) for name in ("innodb_flush_log_at_trx_commit",
-             *(["sync_binlog"] if found["log_bin"] == "ON" else []))]
-    yield Check("durability", all(value == "1" for _, value in flush),
-                ", ".join(f"{name} {value}" for name, value in flush),
-                "set them to 1: else a crash of the server loses what was acknowledged")
-    [now] = one.rows(lambda now: now, "SELECT UTC_TIMESTAMP(6)")
-    here = datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)
-    skew_s = abs((here - now).total_seconds())
-    yield Check("clock", skew_s < SKEW_S, f"{skew_s:.1f} s apart",
-                "run a time service: queuectl compares no clocks, its readers do")
+    """Looks at the server itself, and at the way to it."""
+    found: dict[str, str] = one.pairs(
+        "SHOW VARIABLES WHERE Variable_name IN %s", SERVER_VARIABLES)
+    status: dict[str, str] = one.pairs(
+        "SHOW STATUS WHERE Variable_name IN ('Ssl_cipher', 'Threads_connected')")
+    yield _check_release(one)
+    yield _check_tls(one.target, status.get("Ssl_cipher", ""))
+    yield _check_isolation(one, found)
+    yield _check_durability(found)
+    yield _check_clock(one)
     packet = int(found["max_allowed_packet"])
     yield Check("packet", packet >= 16 << 20, f"max_allowed_packet {packet >> 20} MiB",
                 "set it to 16 MiB or more: else large output is not stored")
+    yield _check_connections(one, int(found["max_connections"]),
+                             int(status["Threads_connected"]))
+
+def _check_release(one: Database) -> Check:
+    """Looks whether the server's release knows SKIP LOCKED."""
+    least = (10, 6) if one.mariadb else (8, 0)
+    release = [int(part) for part in re.findall(r"\d+", one.version)[:2]]
+    return Check("server", release >= [*least], one.version,
+                 f"from {least[0]}.{least[1]} on claims do not wait for each other")
+
+def _check_tls(target: ConnectionInfo, cipher: str) -> Check:
+    """Looks whether the way to another host is encrypted."""
+    hosts = {host for host, _ in target.hosts} - {"127.0.0.1", "::1", "localhost"}
+    if cipher:
+        sure = "verified" if target.ssl_mode.startswith("verify") else "not verified"
+        found = f"{cipher}, the server's certificate is {sure}"
+    else:
+        found = "none, by a socket" if target.socket else "none"
+    return Check("TLS", bool(cipher or not hosts), found,
+                 "set DB_SSL_MODE=required, or verify_identity and DB_SSL_CA")
+
+def _check_isolation(one: Database, found: Mapping[str, str]) -> Check:
+    """Looks whether READ COMMITTED is to be had: not with statements in the log."""
+    level = found.get("transaction_isolation") or found.get("tx_isolation", "")
+    logged = "no binlog"
+    if found["log_bin"] == "ON":
+        logged = f"binlog_format {found.get('binlog_format')}"
+    return Check("isolation", level == "READ-COMMITTED" and one.read_committed,
+                 f"{level}, {logged}", "SET PERSIST binlog_format = 'ROW'")
+
+def _check_durability(found: Mapping[str, str]) -> Check:
+    """Looks whether each COMMIT reaches the disk before it is answered."""
+    names = ["innodb_flush_log_at_trx_commit"]
+    if found["log_bin"] == "ON":
+        names.append("sync_binlog")
+    return Check("durability", all(found[name] == "1" for name in names),
+                 ", ".join(f"{name} {found[name]}" for name in names),
+                 "set them to 1: else a crash of the server loses what was "
+                 "acknowledged")
+
+def _check_clock(one: Database) -> Check:
+    """Looks how far this host's clock and the database's are apart."""
+    [now] = one.rows(lambda now: now, "SELECT UTC_TIMESTAMP(6)")
+    here = datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)
+    skew_s = abs((here - now).total_seconds())
+    return Check("clock", skew_s < SKEW_S, f"{skew_s:.1f} s apart",
+                 "run a time service: queuectl compares no clocks, its readers do")
+
+def _check_connections(one: Database, most: int, used: int) -> Check:
+    """Looks whether the server has connections to spare."""
     [(processes, supervisors)] = one.rows(
-        lambda *row: row, "SELECT COUNT(*), COUNT(DISTINCT host, supervisor) FROM "
-        "workers WHERE lost_at IS NULL")
-    most, used = int(found["max_connections"]), int(status["Threads_connected"])
-    yield Check("connections", most - used >= SPARE_CONNECTIONS,
-                f"{used} of {most} in use; the workers here want {processes} and "
-                f"{supervisors} more", "raise max_connections")
+        lambda processes, supervisors: (processes, supervisors),
+        "SELECT COUNT(*), COUNT(DISTINCT host, supervisor) FROM workers "
+        "WHERE lost_at IS NULL")
+    return Check("connections", most - used >= SPARE_CONNECTIONS,
+                 f"{used} of {most} in use; the workers here want {processes} and "
+                 f"{supervisors} more", "raise max_connections")
 
 def _check_locks(one: Database, two: Database) -> Iterator[Check]:
+    """Looks whether SKIP LOCKED locks, and at the schema."""
     def probe(cursor: Cursor) -> bool:
         [version] = cursor.rows(str, f"{SCHEMA_ROW} FOR UPDATE")
         found = two.rows(str, f"{SCHEMA_ROW} FOR UPDATE SKIP LOCKED")
@@ -7979,6 +9205,7 @@ def _check_locks(one: Database, two: Database) -> Iterator[Check]:
                 f"{SCHEMA_VERSION}")
 
 def _check_rights(one: Database) -> Iterator[Check]:
+    """Looks which rights the account lacks, by statements that change nothing."""
     lacking = []
     for table in TABLES:
         into, what = ("jobs (command)", "command") if table == "jobs" else (table, "*")
@@ -7994,6 +9221,7 @@ def _check_rights(one: Database) -> Iterator[Check]:
                 else "all that workers need", "grant them: README, Accounts")
 
 def _check_doorbell(one: Database, settings: Settings) -> Check:
+    """Looks whether a parked sleep can be rung, and how fast."""
     if settings.doorbell != "on":
         return Check("doorbell", True, "switched off: the poll finds the work")
     rung, name = threading.Event(), f"check-{secrets.token_hex(4)}"
@@ -8009,6 +9237,7 @@ def _check_doorbell(one: Database, settings: Settings) -> Check:
                  else "cannot be rung", "config set doorbell off: the poll finds work")
 
 def _check_work(store: JobStore) -> Iterator[Check]:
+    """Looks for queues that nobody serves, and for too many dead letters."""
     idle = store.unserved()
     yield Check("queues", not idle, f"no live worker serves {abbreviated(idle)}, where "
                 "jobs wait" if idle else "all that may run now are served",
@@ -8020,16 +9249,21 @@ def _check_work(store: JobStore) -> Iterator[Check]:
 
 # ---- commands ----------------------------------------------------------------
 #
-# What a person can type. A command's name, arguments, help and body stand together;
-# the parser, --help, README's table and the tests read COMMANDS.
+# What a person can type. A command is declared in one place, name, arguments,
+# examples and body, and its docstring is its help. It reads its arguments,
+# asks one or two things of the rooms above, and prints: results on standard
+# output and all else on standard error, so that a pipe gets only results. No
+# SQL is made of what a person typed: that is checked, and bound as a value.
 
+# -- how a command is declared
+
+# It gets the arguments; None is exit status 0.
 Body = Callable[[argparse.Namespace], Optional[int]]
-Arg = Tuple[Tuple[str, ...], "dict[str, object]"]  # names, and what argparse is told
-
+# The names of an argument, and what argparse is told of it.
+Arg = Tuple[Tuple[str, ...], "dict[str, object]"]
 
 class Command(NamedTuple):
-    """One thing a person can type."""
-
+    """One thing that a person can type."""
     name: str
     body: Body
     args: tuple[Arg, ...]
@@ -8037,753 +9271,587 @@ class Command(NamedTuple):
 
     @property
     def summary(self) -> str:
-        return (self.body.__doc__ or "").split("\n")[0].rstrip(".")
-
+        """The first sentence of its help, without the full stop."""
+        text = self.body.__doc__ or ""
+        first, _, _ = text.partition("\n")
+        return first.rstrip(".")
 
 COMMANDS: dict[str, Command] = {}
 
-
-def command(
-    name: str, *args: Arg, examples: Sequence[str] = ()
-) -> Callable[[Body], Body]:
+def command(name: str, *args: Arg,
+            examples: Sequence[str] = ()) -> Callable[[Body], Body]:
+    """Returns the decorator that makes a function the command `name`."""
     def declare(body: Body) -> Body:
         COMMANDS[name] = Command(name, body, args, examples)
         return body
-
     return declare
-
 
 def arg(*names: str, **options: object) -> Arg:
     return names, options
 
-
 def option(kind: ValueType[T]) -> Callable[[str], T]:
-    """A Kind as argparse wants it."""
-
+    """Returns what reads a ValueType for argparse; its errors can be told."""
     def read(text: str) -> T:
+        """Returns the value; what it raises, argparse tells in our words."""
         try:
             return kind.convert(text)
         except (ValueError, OverflowError):
-            raise argparse.ArgumentTypeError(
-                f"expected {kind.expects}, not {excerpt(text)}"
-            ) from None
-
+            # argparse itself would answer "invalid read value", after this
+            # function.
+            what = f"expected {kind.expects}, not {excerpt(text)}"
+            raise argparse.ArgumentTypeError(what) from None
     return read
 
+def option_of(key: str) -> str:
+    return "--" + key.replace("_", "-")
 
-AS_JSON = arg("--json", action="store_true", help="for programs: an object a line")
+# -- arguments that several commands share
+
+AS_JSON = arg(
+    "--json",
+    action="store_true",
+    help="for programs: an object a line")
 IDS = arg("ids", nargs="+", metavar="ID", help="the job's id")
 ID = arg("id", metavar="ID", help="the job's id")
 LIMIT = arg(
     "--limit",
     type=option(whole(0, 10**9)),
     metavar="N",
-    help="at most so many rows; 0: all (default 100, with --json all)",
-)
+    help="at most so many rows; 0: all (default 100, with --json all)")
 PID_FILE = arg(
     "--pid-file",
     metavar="FILE",
-    help="the daemon's PID file (default $PID_FILE or ./workers.pid)",
-)
-
-
-def option_of(key: str) -> str:
-    return "--" + key.replace("_", "-")
-
-
+    help="the daemon's PID file (default $PID_FILE or ./workers.pid)")
 COMMAND_OPTION = arg(
-    "-c", dest="command", metavar="CMD", help="a shell command", type=option(COMMAND)
-)
-JOB_OPTIONS = tuple(
-    arg(
-        option_of(name),
-        dest=name,
-        help=key.help,
-        metavar=key.metavar,
-        **({"action": "append"} if name in REPEATABLE else {"type": option(key.kind)}),
-    )
-    for name, key in JOB_KEYS.items()
-    if name != "command"
-)
+    "-c",
+    dest="command",
+    metavar="CMD",
+    help="a shell command",
+    type=option(COMMAND))
 
+def _job_options() -> Iterator[Arg]:
+    """Yields an option for every key of a job but its command."""
+    for name, key in JOB_KEYS.items():
+        # A repeated option can be checked only once all its values are
+        # there.
+        reading: dict[str, object] = {"type": option(key.kind)}
+        if name in REPEATABLE:
+            reading = {"action": "append"}
+        # The command comes by -c, or after --.
+        if name != "command":
+            yield arg(
+                option_of(name),
+                dest=name,
+                help=key.help,
+                metavar=key.metavar,
+                **reading)
 
-def configured_by(environment: Environment, policy: RetryPolicy) -> LoadedSettings:
-    """The settings in force, the stored ones read from the database."""
-    with contextlib.closing(Database(find_connection(environment), policy)) as database:
+JOB_OPTIONS = tuple(_job_options())
+
+@dataclass(frozen=True)
+class PointInTime:
+    """A moment in the past: an age, or a time. The other one is None."""
+    age_s: float | None
+    utc: str | None  # as the database writes it
+
+    def as_sql(self) -> tuple[str, object]:
+        """Returns an SQL expression, and the one value to bind into it."""
+        # An age is counted back from the database's clock, like all that is
+        # due: this host's may be wrong.
+        if self.age_s is not None:
+            return "UTC_TIMESTAMP(6) - INTERVAL %s SECOND", self.age_s
+        return "%s", self.utc
+
+def _read_point_in_time(text: str) -> PointInTime:
+    """Returns the moment that a duration or an ISO 8601 time stands for.
+
+    It raises ValueError for neither, and a Problem for a time without a zone.
+    """
+    with contextlib.suppress(ValueError):
+        age_s = duration().convert(text)
+        return PointInTime(age_s, None)
+    return PointInTime(None, _read_time(text))
+
+AGE = ValueType(
+    _read_point_in_time,
+    "a duration such as 7d, or a time such as 2026-11-24T10:00:00Z")
+
+# -- the queue, and what came of it
+
+def configured_by(environment: Environment,
+                  policy: RetryPolicy) -> LoadedSettings:
+    """Returns the settings in force; the stored ones come from the database."""
+    target = find_connection(environment)
+    with contextlib.closing(Database(target, policy)) as database:
         return load_settings(environment, read_config(database))
-
 
 @contextlib.contextmanager
 def open_store(policy: RetryPolicy = READING) -> Iterator[JobStore]:
-    """The queue as a person reaches it, with the settings in force."""
+    """Gives the queue as a person reaches it, with the settings in force."""
     environment = Environment.read()
-    with contextlib.closing(Database(find_connection(environment), policy)) as database:
-        yield JobStore(
-            database, load_settings(environment, read_config(database)).settings
-        )
+    target = find_connection(environment)
+    with contextlib.closing(Database(target, policy)) as database:
+        loaded = load_settings(environment, read_config(database))
+        yield JobStore(database, loaded.settings)
 
+def report(results: Iterable[ActionResult], as_json: bool,
+           store: JobStore | None = None) -> int:
+    """Prints what a verb did to each job, and rings the workers of `store`.
 
-def report(
-    results: Iterable[ActionResult], as_json: bool, store: JobStore | None = None
-) -> int:
-    """Print what a verb did to each job, tell `store`'s workers; 1 if one failed."""
+    Returns the exit status: 1 where one of them failed.
+    """
     status = 0
     for result in results:
+        if not result.ok:
+            status = CANNOT
         if as_json:
-            print_json(
-                {
-                    "id": result.id,
-                    "ok": result.ok,
-                    "state": result.state,
-                    "error": None if result.ok else result.error,
-                }
-            )
+            error = None if result.ok else result.error
+            print_json({
+                "id": result.id,
+                "ok": result.ok,
+                "state": result.state,
+                "error": error})
         elif result.ok:
             print_line(f"job {result.id} {result.note}")
         else:
             notice(f"{result.error}")
+        # The results come one by one, as `wait` meets them, and a reader at
+        # the other end of a pipe is to see each at once.
         sys.stdout.flush()
-        status |= not result.ok
+    # One ring for all of them: a worker that wakes takes whatever is due by
+    # then.
     if store:
         ring(store.database)
     return status
 
+def _limit(args: argparse.Namespace) -> int:
+    """Returns how many rows to show; 0: all."""
+    if args.limit is not None:
+        return int(args.limit)
+    # A program asked for what there is; a person can only read so much.
+    return 0 if args.json else 100
+
+def _print_total(shown: int, total: int) -> None:
+    """Says how many rows there are, where not all of them were shown."""
+    if total <= shown:
+        return
+    # Counting stops there: to count millions would take longer than the
+    # list itself.
+    some = f"{total:,}"
+    if total > COUNTED_UP_TO:
+        some = f"{COUNTED_UP_TO:,}+"
+    print_notice(f"{shown:,} of {some}; --limit 0 for all")
+
+def _short(moment: Moment) -> str:
+    """Returns a time to the second, for a table; "" where there is none."""
+    return str(moment or "")[:19]
+
+def _attempts_of(job: JobRow) -> str:
+    return f"{job.attempts}/{job.max_attempts}"
+
+# -- jobs
 
 @command(
     "enqueue",
-    arg("document", nargs="?", metavar="JSON", help="a job, or an array; - is -f -"),
+    arg("document", nargs="?", metavar="JSON",
+        help="a job, or an array; - is -f -"),
     COMMAND_OPTION,
-    arg("-f", dest="file", metavar="FILE", help="JSON jobs, one a line; - is input"),
+    arg("-f", dest="file", metavar="FILE",
+        help="JSON jobs, one a line; - is input"),
     arg("--lines", metavar="FILE", help="commands, one a line; - is input"),
     *JOB_OPTIONS,
-    arg("--if-absent", action="store_true", help="pass over an id that is in use"),
+    arg("--if-absent", action="store_true",
+        help="pass over an id that is in use"),
     arg("-q", "--quiet", action="store_true", help="print no ids"),
     AS_JSON,
-    examples=(
-        """enqueue '{"command":"echo hello","max_retries":3}'""",
-        "enqueue -c 'sleep 5 && echo done' --priority 10",
-        "enqueue -- tar czf /backup/etc.tgz /etc",
-        "enqueue --lines commands.txt --queue etl",
-    ),
-)
+    examples=("""enqueue '{"command":"echo hello","max_retries":3}'""",
+              "enqueue -c 'sleep 5 && echo done' --priority 10",
+              "enqueue -- tar czf /backup/etc.tgz /etc",
+              "enqueue --lines commands.txt --queue etl"))
 def enqueue_jobs(args: argparse.Namespace) -> None:
     """Add jobs to the queue.
 
     A job comes as JSON, after -c, after --, or a line each from -f or --lines. Options
     fill what the JSON leaves out. More than one job: all or none.
     """
+    # All of the input is read and checked before the database is even
+    # looked for: bad input is told where no server answers, and a slow pipe
+    # keeps no connection open.
     spool = _spool_jobs(args, _job_defaults(args))
-    if len(spool):
-        target = find_connection(Environment.read())
-        with contextlib.closing(Database(target, WRITING)) as database:
-            held = enqueue(database, spool, args.if_absent)
-            ring(database, len(spool), spool.queues)
-            if not args.quiet:
-                _print_ids(database, spool, args, held)
-
+    if not len(spool):
+        return
+    # No stored setting is needed to enqueue, so the config table is not
+    # read.
+    target = find_connection(Environment.read())
+    with contextlib.closing(Database(target, WRITING)) as database:
+        holders = enqueue(database, spool, args.if_absent)
+        # The jobs stand from here on. The bell comes before the ids:
+        # printing a million of them takes seconds, and the workers need not
+        # wait for it.
+        ring(database, len(spool), spool.queues)
+        if not args.quiet:
+            may_differ = args.if_absent or spool.linked
+            _print_ids(database, spool, holders, args.json, may_differ)
 
 def _job_defaults(args: argparse.Namespace) -> dict[str, object]:
-    values = {
-        name: getattr(args, name)
-        for name in JOB_KEYS
-        if name not in ("command", "env") and getattr(args, name) is not None
-    }
+    """Returns the values that options give for the keys of a job, checked."""
+    values: dict[str, object] = {}
+    for name in JOB_KEYS:
+        # The command is no default, and the variables are put together
+        # below.
+        if name in ("command", "env"):
+            continue
+        value = getattr(args, name)
+        if value is not None:
+            values[name] = value
     for name in NEEDS.keys() & values.keys():
         values[name] = JOB_IDS.read_json(values[name], option_of(name))
     if args.env:
-        pairs = [text.partition("=") for text in args.env]
-        if not all(name and sign for name, sign, _ in pairs):
-            raise Problem("--env: expected NAME=VALUE", status=USAGE)
-        values["env"] = JOB_KEYS["env"].kind.read_json(
-            {name: value for name, _, value in pairs}, "--env"
-        )
+        values["env"] = _env_of_options(args.env)
     if "delay" in values and "run_at" in values:
         raise Problem("--delay and --run-at: give only one", status=USAGE)
     return values
 
+def _env_of_options(texts: Sequence[str]) -> object:
+    """Returns the `env` of a job from texts of the form NAME=VALUE."""
+    variables = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not name or not sign:
+            raise Problem("--env: expected NAME=VALUE", status=USAGE)
+        variables[name] = value
+    kind = JOB_KEYS["env"].kind
+    return kind.read_json(variables, "--env")
 
 def _spool_jobs(args: argparse.Namespace, defaults: JobValues) -> Spool:
-    if args.document == "-":
-        args.document, args.file = None, "-"
-    sources = (args.document, args.command, args.rest or None, args.file, args.lines)
+    """Returns the jobs of the one source that the command line names."""
+    document, path = args.document, args.file
+    if document == "-":
+        document, path = None, "-"
+    program = args.rest or None
+    sources = (document, args.command, program, path, args.lines)
     given = sum(source is not None for source in sources)
     if given != 1:
         raise Problem(
-            "enqueue takes exactly one of: JSON, -c CMD, -- PROG ARG…, "
-            f"-f FILE, --lines FILE; {given} were given",
+            "enqueue takes exactly one of: JSON, -c CMD, -- PROG ARG…, -f FILE, "
+            f"--lines FILE; {given} were given",
             "see: queuectl help enqueue",
-            USAGE,
-        )
-    if args.file is not None or args.lines is not None:
-        with _opened_input(args.lines if args.file is None else args.file) as file:
-            return spool_lines(file, args.file is not None, defaults)
-    document: object = {"command": args.command or shlex.join(args.rest)}
-    if args.document is not None:
-        document = parse_json(args.document)
-    jobs = document if isinstance(document, list) else [document]
+            USAGE)
+    if path is not None:
+        with _opened_input(path) as file:
+            return spool_lines(file, True, defaults)
+    if args.lines is not None:
+        with _opened_input(args.lines) as file:
+            return spool_lines(file, False, defaults)
+    if document is not None:
+        return _spool_document(parse_json(document), defaults)
+    return _spool_document({"command": _given_command(args)}, defaults)
+
+def _given_command(args: argparse.Namespace) -> str:
+    """Returns the command of -c, or the program after --, quoted."""
+    # The words after -- are a program's arguments as they are; the shell
+    # that will run them must not take a space or a star in them for its
+    # own.
+    return str(args.command or shlex.join(args.rest))
+
+def _spool_document(document: object, defaults: JobValues) -> Spool:
+    """Returns the jobs of a JSON document: one, or an array of them."""
     spool = Spool()
-    for number, one in enumerate(jobs, 1):
+    if not isinstance(document, list):
+        spool.add(check_job(document, defaults))
+        return spool
+    for position, one in enumerate(document, 1):
         try:
             spool.add(check_job(one, defaults))
         except Problem as problem:
-            if isinstance(document, list):
-                problem.what = f"job {number} of the array: {problem.what}"
+            problem.what = f"job {position} of the array: {problem.what}"
             raise
     return spool
 
-
 def _opened_input(path: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+    """Returns the file, opened; for `-` standard input, which stays open."""
     if path == "-":
         return contextlib.nullcontext(sys.stdin.buffer)
     try:
         return open(path, "rb")
     except OSError as error:
-        raise Problem(f"cannot read {path}: {error.strerror}", status=USAGE) from None
+        what = f"cannot read {path}: {error.strerror}"
+        raise Problem(what, status=USAGE) from None
 
+def _print_ids(database: Database, spool: Spool, holders: Mapping[str, str],
+               as_json: bool, may_differ: bool) -> None:
+    """Prints the ids of the spool's jobs, for programs with their states.
 
-def _print_ids(
-    database: Database, spool: Spool, args: argparse.Namespace, held: Mapping[str, str]
-) -> None:
-    """The ids, `held` giving those that stand for another; with --if-absent or a job
-    that waits for others, the states as they are now."""
-    jobs = (
-        (held.get(str(job["id"]), str(job["id"])), str(job.get("state", State.PENDING)))
-        for job in spool
-    )
-    for page in batched(jobs):
-        now = {}
-        if (args.if_absent or spool.linked) and args.json:
-            now = states_of(database, [job_id for job_id, _ in page])
+    `holders` gives, for an id whose unique key was in use, the id of the job
+    that has it. `may_differ`: a job may have left the state it was given.
+    """
+    # The commands may be long, so a page keeps of each job only these two.
+    for page in batched(_ids_and_states(spool, holders)):
+        now: dict[str, str] = {}
+        # A job that was there before has moved on, and one that waits for
+        # others may not have to wait any more: only the database knows.
+        if may_differ and as_json:
+            ids = [job_id for job_id, _ in page]
+            now = states_of(database, ids)
         for job_id, state in page:
-            if args.json:
+            if as_json:
                 print_json({"id": job_id, "state": now.get(job_id, state)})
             else:
                 print_line(job_id)
 
-
-@command(
-    "worker start",
-    arg(
-        "--count",
-        type=option(whole(1, 1024)),
-        default=1,
-        metavar="N",
-        help="jobs at once (default 1)",
-    ),
-    arg("--daemon", action="store_true", help="run in the background, with a PID file"),
-    arg("--queue", action="append", metavar="A,B", help="serve these queues only"),
-    arg("--drain", action="store_true", help="exit 0 once nothing is left to run"),
-    arg(
-        "--grace",
-        type=option(duration()),
-        metavar="D",
-        help="after a stop, end running jobs after so long and hand them back",
-    ),
-    PID_FILE,
-    arg(
-        "--log-file",
-        metavar="FILE",
-        help="the daemon's log (default workers.log beside the PID file)",
-    ),
-    examples=(
-        "worker start --count 2",
-        "worker start --count 8 --daemon",
-        "worker start --queue etl,mail --drain",
-    ),
-)
-def worker_start(args: argparse.Namespace) -> int:
-    """Run jobs, here or as a daemon.
-
-    Ctrl-C or TERM lets running jobs end; a second one ends them and hands them back.
-    """
-    environment = Environment.read()
-    target = find_connection(environment)
-    names = [name for part in args.queue or [] for name in part.split(",") if name]
-    queues = tuple(dict.fromkeys(QUEUE_NAME.read(name, "--queue") for name in names))
-    if args.queue and not queues:
-        raise Problem("--queue names no queue", status=USAGE)
-    configured = configured_by(environment, WRITING)
-    for complaint in [*configured.complaints, *_readable_dotenv(environment)]:
-        notice(f"warning: {complaint}")
-    signing_key()  # an unreadable file is found now
-    # Absolute paths: a job's directory is its worker's too, for a moment.
-    target = dataclasses.replace(
-        target,
-        socket=target.socket and absolute(target.socket),
-        ssl_ca=target.ssl_ca and absolute(target.ssl_ca),
-    )
-    options = WorkerOptions(
-        target,
-        environment,
-        configured.settings,
-        queues,
-        args.drain,
-        args.grace,
-        sys.stderr.isatty(),
-        Log().say,
-    )
-    pid_file = args.pid_file or (_pid_file(environment) if args.daemon else "")
-    log_file = args.log_file or os.path.join(os.path.dirname(pid_file), "workers.log")
-    return run_workers(
-        options,
-        args.count,
-        pid_file and absolute(pid_file),
-        absolute(log_file) if args.daemon else "",
-    )
-
-
-def _pid_file(environment: Environment) -> str:
-    return environment.get("PID_FILE") or VARIABLES["PID_FILE"].default
-
-
-def _readable_dotenv(environment: Environment) -> list[str]:
-    """A .env that others can read."""
-    found = []
-    for source, variables in environment.layers[1:]:
-        with contextlib.suppress(OSError):
-            if variables and os.stat(source).st_mode & 0o077:
-                found.append(f"others can read {source}; mend it: chmod 600 {source}")
-    return found
-
-
-@command(
-    "worker stop",
-    PID_FILE,
-    arg(
-        "--timeout",
-        type=option(duration()),
-        default=math.inf,
-        metavar="D",
-        help="wait no longer than this; still stopping: exit 124",
-    ),
-    arg("--now", action="store_true", help="end running jobs and hand them back"),
-    examples=("worker stop", "worker stop --timeout 30s", "worker stop --now"),
-)
-def worker_stop(args: argparse.Namespace) -> int:
-    """Stop the daemon: its running jobs may end first."""
-    environment = Environment.read()
-
-    def waits_for(pid: int) -> str:
-        policy = dataclasses.replace(READING, timeout_s=2)
-        with (
-            contextlib.suppress(Problem),
-            contextlib.closing(Database(find_connection(environment), policy)) as base,
-        ):
-            ids = JobStore(base, Settings()).running_under(socket.gethostname(), pid)
-            return f", waiting for {abbreviated(ids)}" if ids else ""
-        return ""
-
-    path = args.pid_file or _pid_file(environment)
-    return stop_daemon(path, args.now, args.timeout, waits_for)
-
-
-@command("worker list", AS_JSON, examples=("worker list", "worker list --json"))
-def worker_list(args: argparse.Namespace) -> None:
-    """Show the worker processes of all hosts."""
-    with open_store() as store:
-        rows = store.workers()
-    if args.json:
-        for row in rows:
-            print_json(row)
-        return
-    _print_workers(rows)
-    slots = sum(int(str(row["slots"])) for row in rows)
-    hosts = len({row["host"] for row in rows})
-    print_line(f"{slots} slot{'s' * (slots != 1)} on {hosts} host{'s' * (hosts != 1)}")
-
-
-def _print_workers(rows: Sequence[dict[str, Json]]) -> None:
-    print_table(
-        ["Worker", "Host", "PID", "Busy", "Heartbeat", "State", "Queues"],
-        [
-            [
-                row["id"],
-                row["host"],
-                row["pid"],
-                f"{row['busy']}/{row['slots']}",
-                row["heartbeat_at"],
-                row["state"],
-                ", ".join(map(str, as_list(row["queues"]))) or "all",
-            ]
-            for row in rows
-        ],
-        spare=["Heartbeat", "Host"],
-    )
-
-
-@command(
-    "status",
-    arg("--exact", action="store_true", help="count every job, however many"),
-    arg(
-        "--watch",
-        nargs="?",
-        type=option(number(0.1, 3600)),
-        const=2.0,
-        metavar="S",
-        help="show it again every S seconds (default 2)",
-    ),
-    PID_FILE,
-    AS_JSON,
-    examples=("status", "status --watch", "status --json"),
-)
-def status(args: argparse.Namespace) -> None:
-    """Count jobs by state, and show the daemon, queues and workers."""
-    path = args.pid_file or _pid_file(Environment.read())
-    with open_store() as store:
-        while True:
-            if args.watch and sys.stdout.isatty() and not args.json:
-                print_line("\x1b[2J\x1b[H")
-            _print_status(store, path, args)
-            if not args.watch:
-                return
-            sys.stdout.flush()
-            time.sleep(args.watch)
-
-
-def _print_status(store: JobStore, path: str, args: argparse.Namespace) -> None:
-    counts, capped = store.states(args.exact)
-    queues, workers, standing = store.queues(), store.workers(), probe_pid_file(path)
-    where = f"{store.database.target} (from {store.database.target.source})"
-    if args.json:
-        print_json(
-            {
-                "database": where,
-                "states": dict(counts),
-                "capped": list(capped),
-                "queues": list(queues),
-                "workers": list(workers),
-                "daemon": {
-                    "pid_file": path,
-                    "pid": standing.pid or None,
-                    "alive": standing.alive,
-                },
-            }
-        )
-        return
-    print_line(f"database: {where}\nJob counts by state:")
-    print_table(
-        ["State", "Count"],
-        [
-            [state, f"{counts[state]}{'+' * (state in capped)}"]
-            for at, state in enumerate(State)
-            if at < 5 or counts[state]
-        ],
-    )
-    if not standing.found:
-        print_line(f"No worker PID file at {path}")
-    elif standing.alive:
-        print_line(f"Worker PID file found at {path}\n{standing.pid}")
-    else:
-        print_line(f"Worker PID file found at {path} (stale, no daemon holds it)")
-    if queues:
-        print_table(
-            ["Queue", "Pending", "Processing"],
-            [
-                [row["queue"], row[State.PENDING], row[State.PROCESSING]]
-                for row in queues
-            ],
-        )
-    if workers:
-        _print_workers(workers)
-    for name in store.unserved():
-        print_notice(
-            f"warning: jobs wait in queue {name}, and no live worker serves it; "
-            f"start one: queuectl worker start --queue {name}"
-        )
-
-
-@command(
-    "list",
-    arg("--state", metavar="S", help="only jobs in this state"),
-    arg("--queue", type=option(QUEUE_NAME), metavar="Q", help="only of this queue"),
-    LIMIT,
-    AS_JSON,
-    examples=("list", "list --state failed", "list --state pending --queue etl --json"),
-)
-def list_jobs(args: argparse.Namespace) -> None:
-    """List jobs, the newest first."""
-    if args.state is not None and args.state not in list(State):
-        raise Problem(
-            f"--state: no such state: {excerpt(args.state)}",
-            nearest(args.state, State) or f"states: {' '.join(State)}",
-            USAGE,
-        )
-    limit = _limit(args)
-    with open_store() as store:
-        views = store.jobs(args.state, args.queue, limit)
-        if args.json:
-            for view in views:
-                print_json(view.as_json())
-            return
-        shown = list(views)
-        full = len(shown) == limit
-        total = store.count(args.state, args.queue) if full else len(shown)
-    print_table(
-        ["Id", "State", "Attempt", "Queue", "When", "Command"],
-        [
-            [
-                view.id,
-                view.state,
-                f"{view.attempts}/{view.max_attempts}",
-                view.queue,
-                _short(_when(view)),
-                view.command[:400],
-            ]
-            for view in shown
-        ],
-        spare=["When", "Queue"],
-    )
-    _print_total(len(shown), total)
-
-
-def _limit(args: argparse.Namespace) -> int:
-    """How many rows to show; 0: all."""
-    if args.limit is None:
-        return 0 if args.json else 100
-    return int(args.limit)
-
-
-def _print_total(shown: int, total: int) -> None:
-    if total > shown:
-        some = f"{COUNTED_UP_TO:,}+" if total > COUNTED_UP_TO else f"{total:,}"
-        print_notice(f"{shown:,} of {some}; --limit 0 for all")
-
-
-def _when(view: JobRow) -> Moment:
-    """The time that matters in this state."""
-    return {
-        State.PROCESSING: view.started_at,
-        State.PENDING: view.created_at,
-        State.SCHEDULED: view.next_run_at,
-        State.FAILED: view.next_run_at,
-        State.BLOCKED: view.created_at,
-    }.get(State(view.state), view.finished_at)
-
-
-def _short(moment: Moment) -> str:
-    return str(moment or "")[:19]
-
-
-@command("show", ID, AS_JSON, examples=("show my-job", "show my-job --json"))
-def show(args: argparse.Namespace) -> None:
-    """Show all of one job: its settings, history and output."""
-    with open_store() as store:
-        whole_job = store.details(args.id)
-    view, history = whole_job.row, whole_job.history
-    output = whole_job.output.decode("utf-8", "replace")
-    if args.json:
-        print_json(
-            {
-                **view.as_json(),
-                "cwd": whole_job.cwd,
-                "env": dict(whole_job.env),
-                "after": list(whole_job.after),
-                "output": output,
-                "history": [as_json(run, "run") for run in history],
-            }
-        )
-        return
-    facts = {
-        **view.as_json(),
-        "attempts": f"{view.attempts}/{view.max_attempts}",
-        "cwd": whole_job.cwd,
-        "after": " ".join(whole_job.after),
-        "env": " ".join(f"{name}=***" for name in whole_job.env),
-    }
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        if value not in (None, ""):
-            print_line(f"{name:{width}}  {escaped(str(value))}")
-    if history:
-        print_line("history:")
-        print_table(
-            ["Run", "Attempt", "Started", "Seconds", "Exit", "Worker", "Reason"],
-            [
-                [
-                    run.run,
-                    run.attempt,
-                    say_time(run.started_at),
-                    "" if run.duration is None else f"{run.duration:.3f}",
-                    run.exit_code,
-                    run.worker,
-                    _why(run),
-                ]
-                for run in history
-            ],
-            spare=["Worker", "Attempt"],
-        )
-    if output:
-        print_line("output:")
-        print_line(output.translate(MULTILINE).rstrip("\n"))
-
-
-def _why(run: RunRecord) -> str:
-    """How a run ended, with what is to be said of it."""
-    return f"{run.reason or 'running'}{': ' * bool(run.detail)}{run.detail or ''}"
-
-
-@command(
-    "logs",
-    ID,
-    arg(
-        "-f",
-        "--follow",
-        action="store_true",
-        help="go on until the job has ended, whatever host it runs on",
-    ),
-    arg(
-        "--run",
-        type=option(whole(1, 2**31)),
-        metavar="N",
-        help="of this run, as show numbers them (default: the last)",
-    ),
-    examples=("logs my-first-job", "logs -f my-first-job", "logs my-job > out.bin"),
-)
-def logs(args: argparse.Namespace) -> None:
-    """Print the output of a job's last run; raw on a pipe."""
-    with open_store(FOLLOWING if args.follow else READING) as store:
-        whole_job = store.details(args.id)
-        runs = [run.run for run in whole_job.history]
-        if args.run and args.run not in runs:
-            kept = ", ".join(map(str, runs)) or "none"
-            raise Problem(
-                f"job {args.id} has no run {args.run} to show: {kept}",
-                f"see: queuectl show {args.id}",
-            )
-        if args.follow:
-            print_output(store.follow(args.id, args.run or max(runs, default=0)))
-        elif args.run:
-            print_output([store.output(whole_job.row.seq, args.run)])
-        else:
-            print_output([whole_job.output])
-    if not whole_job.history and not args.follow:
-        print_notice(f"job {args.id} is {whole_job.row.state} and has not run yet")
-
-
-@command(
-    "wait",
-    arg("ids", nargs="+", metavar="ID", help="a job's id; - reads them"),
-    arg("--any", action="store_true", help="until one has ended"),
-    arg(
-        "--timeout",
-        type=option(duration()),
-        default=math.inf,
-        metavar="D",
-        help="wait no longer than this: exit 124",
-    ),
-    AS_JSON,
-    examples=(
-        "wait build test --timeout 10m",
-        "enqueue --lines commands.txt | queuectl wait -",
-    ),
-)
-def wait(args: argparse.Namespace) -> int:
-    """Wait until jobs have ended; exit 0 if all completed.
-
-    Exit 1 if one ended otherwise, 124 if --timeout ran out.
-    """
-    ids = [
-        word
-        for one in args.ids
-        for word in (sys.stdin.read().split() if one == "-" else [one])
-    ]
-    policy = dataclasses.replace(
-        FOLLOWING, retry_for_s=min(FOLLOWING.retry_for_s, args.timeout)
-    )
-    with open_store(policy) as store:
-        return report(store.wait(ids, args.any, args.timeout), args.json)
-
+def _ids_and_states(spool: Spool,
+                    holders: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yields the id to print for each job, and the state it was given."""
+    for job in spool:
+        job_id = str(job["id"])
+        state = str(job.get("state", State.PENDING))
+        yield holders.get(job_id, job_id), state
 
 @command(
     "run",
     COMMAND_OPTION,
     *JOB_OPTIONS,
-    examples=("run -- make test", "run -c 'make && make install' --queue build"),
-)
+    examples=("run -- make test",
+              "run -c 'make && make install' --queue build"))
 def run_here(args: argparse.Namespace) -> int:
     """Enqueue a command, show its output, leave with its status.
 
     No retries, no time limit, and this directory, unless told. Ctrl-C cancels it.
     """
-    given = {
-        "max_retries": 0,
-        "timeout": 0,
-        "cwd": absolute("."),
-        **_job_defaults(args),
-    }
+    # As if the command had been typed without `queuectl run` before it.
+    as_typed = {"max_retries": 0, "timeout": 0, "cwd": absolute(".")}
+    defaults = {**as_typed, **_job_defaults(args)}
     if bool(args.command) == bool(args.rest):
-        raise Problem(
-            "run takes -c CMD, or -- PROG ARG…", "see: queuectl help run", USAGE
-        )
-    spool = Spool()
-    spool.add(check_job({"command": args.command or shlex.join(args.rest)}, given))
+        what = "run takes -c CMD, or -- PROG ARG…"
+        raise Problem(what, "see: queuectl help run", USAGE)
+    spool = _spool_document({"command": _given_command(args)}, defaults)
+    job_id = spool.first_id
     with open_store(FOLLOWING) as store:
         enqueue(store.database, spool, False)
-        job_id, cancelled = spool.first_id, False
-        try:
-            ring(store.database, 1, spool.queues)
-            print_output(
-                store.follow(
-                    job_id,
-                    0,
-                    lambda: notice(
-                        f"job {job_id} has not started: {explain(store, job_id)[1]}"
-                    ),
-                )
-            )
-        except KeyboardInterrupt:
-            cancelled = True
-            notice(f"cancelling job {job_id}; again leaves it to its worker")
-            store.cancel(job_id)
-            ring(store.database)
-            any(store.wait([job_id], False, math.inf))
-        view = store.details(job_id).row
-        if cancelled:
+        ended_by_itself = _follow_to_its_end(store, spool)
+        job = store.details(job_id).row
+        if not ended_by_itself:
             return INTERRUPTED
-        if view.state != State.COMPLETED and view.reason != Reason.EXIT:
-            notice(f"job {job_id}: {explain(store, job_id)[1]}")
-        return CANNOT if view.exit_code is None else view.exit_code
+        # An exit status speaks for itself; a time limit or a lost worker
+        # does not.
+        if job.state != State.COMPLETED and job.reason != Reason.EXIT:
+            _, why = explain(store, job_id)
+            notice(f"job {job_id}: {why}")
+    return CANNOT if job.exit_code is None else job.exit_code
 
+def _follow_to_its_end(store: JobStore, spool: Spool) -> bool:
+    """Shows the output of the job just enqueued until it has ended.
+
+    Ctrl-C cancels the job, whose end is awaited; False then.
+    """
+    job_id = spool.first_id
+
+    def say_why_not() -> None:
+        _, why = explain(store, job_id)
+        notice(f"job {job_id} has not started: {why}")
+
+    try:
+        ring(store.database, 1, spool.queues)
+        print_output(store.follow(job_id, 0, say_why_not))
+    except KeyboardInterrupt:
+        notice(f"cancelling job {job_id}; again leaves it to its worker")
+        # The job runs on another host, perhaps: its worker alone can end
+        # it. We wait, so that nothing of it runs any more once the prompt
+        # is back.
+        store.cancel(job_id)
+        ring(store.database)
+        for _ in store.wait([job_id], False, math.inf):
+            pass
+        return False
+    return True
+
+@command(
+    "list",
+    arg("--state", metavar="S", help="only jobs in this state"),
+    arg("--queue", type=option(QUEUE_NAME), metavar="Q",
+        help="only of this queue"),
+    LIMIT,
+    AS_JSON,
+    examples=("list", "list --state failed",
+              "list --state pending --queue etl --json"))
+def list_jobs(args: argparse.Namespace) -> None:
+    """List jobs, the newest first."""
+    if args.state is not None and args.state not in list(State):
+        what = f"--state: no such state: {excerpt(args.state)}"
+        hint = nearest(args.state, State) or f"states: {' '.join(State)}"
+        raise Problem(what, hint, USAGE)
+    limit = _limit(args)
+    with open_store() as store:
+        jobs = store.jobs(args.state, args.queue, limit)
+        # Page by page: a million jobs pass through without being kept.
+        if args.json:
+            for job in jobs:
+                print_json(job.as_json())
+            return
+        shown = list(jobs)
+        total = len(shown)
+        # Fewer than the limit are all there are, and need not be counted.
+        if total == limit:
+            total = store.count(args.state, args.queue)
+    _print_jobs(shown)
+    _print_total(len(shown), total)
+
+# A table cuts a command anyway; a longer one is not even measured for it.
+SHOWN_COMMAND_MAX = 400
+
+def _print_jobs(jobs: Sequence[JobRow]) -> None:
+    """Prints the jobs as a table."""
+    rows = []
+    for job in jobs:
+        when = _short(_time_of(job))
+        rows.append([
+            job.id,
+            job.state,
+            _attempts_of(job),
+            job.queue,
+            when,
+            job.command[:SHOWN_COMMAND_MAX]])
+    titles = ["Id", "State", "Attempt", "Queue", "When", "Command"]
+    print_table(titles, rows, spare=["When", "Queue"])
+
+def _time_of(job: JobRow) -> Moment:
+    """Returns the time that matters in the job's state; its end, if it ended."""
+    times = {
+        State.PROCESSING: job.started_at,
+        State.PENDING: job.created_at,
+        State.BLOCKED: job.created_at,
+        State.SCHEDULED: job.next_run_at,
+        State.FAILED: job.next_run_at,
+    }
+    return times.get(State(job.state), job.finished_at)
+
+@command("show", ID, AS_JSON, examples=("show my-job", "show my-job --json"))
+def show(args: argparse.Namespace) -> None:
+    """Show all of one job: its settings, history and output."""
+    with open_store() as store:
+        details = store.details(args.id)
+    output = details.output.decode("utf-8", "replace")
+    if args.json:
+        history: list[Json] = []
+        for run in details.history:
+            history.append(as_json(run, "run"))
+        print_json({
+            **details.row.as_json(),
+            "cwd": details.cwd,
+            "env": dict(details.env),
+            "after": list(details.after),
+            "output": output,
+            "history": history})
+        return
+    _print_facts(details)
+    if details.history:
+        print_line("history:")
+        _print_history(details.history)
+    if output:
+        print_line("output:")
+        print_line(output.translate(MULTILINE).rstrip("\n"))
+
+def _print_facts(details: JobDetails) -> None:
+    """Prints what a job's row says, a line for each key that has a value."""
+    # What stands in a variable is often a secret, and screens are looked at
+    # by many.
+    hidden = [f"{name}=***" for name in details.env]
+    facts: dict[str, object] = {
+        **details.row.as_json(),
+        "attempts": _attempts_of(details.row),
+        "cwd": details.cwd,
+        "after": " ".join(details.after),
+        "env": " ".join(hidden),
+    }
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        if value not in (None, ""):
+            print_line(f"{name:{width}}  {escaped(str(value))}")
+
+def _print_history(history: Sequence[RunRecord]) -> None:
+    """Prints the runs of a job as a table."""
+    rows = []
+    for run in history:
+        seconds = "" if run.duration is None else f"{run.duration:.3f}"
+        # A run without a reason has not ended.
+        reason = run.reason or "running"
+        if run.detail:
+            reason += f": {run.detail}"
+        started_at = say_time(run.started_at)
+        rows.append([run.run, run.attempt, started_at, seconds,
+                     run.exit_code, run.worker, reason])
+    titles = ["Run", "Attempt", "Started", "Seconds", "Exit", "Worker",
+              "Reason"]
+    print_table(titles, rows, spare=["Worker", "Attempt"])
 
 @command("explain", ID, AS_JSON, examples=("explain my-first-job",))
 def explain_job(args: argparse.Namespace) -> None:
     """Say in one sentence why a job is where it is."""
     with open_store() as store:
-        view, why = explain(store, args.id)
+        job, why = explain(store, args.id)
     if args.json:
-        print_json({"id": view.id, "state": view.state, "why": why})
+        print_json({"id": job.id, "state": job.state, "why": why})
     else:
-        print_line(f"job {view.id}: {escaped(why)}")
-
-
-@command("retry", IDS, AS_JSON, examples=("retry my-first-job", "retry a b c"))
-def retry(args: argparse.Namespace) -> int:
-    """Run failed jobs now; put dead and cancelled ones back."""
-    with open_store(WRITING) as store:
-        return report(
-            (store.revive(one, "retry") for one in args.ids), args.json, store
-        )
-
+        print_line(f"job {job.id}: {escaped(why)}")
 
 @command(
-    "rerun",
+    "logs",
     ID,
-    COMMAND_OPTION,
-    AS_JSON,
-    examples=("rerun my-first-job", "rerun my-first-job -c 'echo hello again'"),
-)
-def rerun(args: argparse.Namespace) -> None:
-    """Enqueue a new job like an old one; print its id."""
-    with open_store(WRITING) as store:
-        spool, values = Spool(), store.job_template(args.id)
-        spool.add(
-            complete_job({**values, "command": args.command or values["command"]}, {})
-        )
-        enqueue(store.database, spool, False)
-        ring(store.database, 1, spool.queues)
-        args.if_absent = False
-        _print_ids(store.database, spool, args, {})
+    arg("-f", "--follow", action="store_true",
+        help="go on until the job has ended, whatever host it runs on"),
+    arg("--run", type=option(whole(1, 2**31)), metavar="N",
+        help="of this run, as show numbers them (default: the last)"),
+    examples=("logs my-first-job", "logs -f my-first-job",
+              "logs my-job > out.bin"))
+def logs(args: argparse.Namespace) -> None:
+    """Print the output of a job's last run; raw on a pipe."""
+    # Whoever follows a job for hours is not to be thrown out by a failover.
+    policy = FOLLOWING if args.follow else READING
+    with open_store(policy) as store:
+        details = store.details(args.id)
+        runs = [run.run for run in details.history]
+        if args.run and args.run not in runs:
+            kept = ", ".join(map(str, runs)) or "none"
+            raise Problem(
+                f"job {args.id} has no run {args.run} to show: {kept}",
+                f"see: queuectl show {args.id}")
+        if args.follow:
+            first = args.run or max(runs, default=0)
+            print_output(store.follow(args.id, first))
+        elif args.run:
+            print_output([store.output(details.row.seq, args.run)])
+        else:
+            print_output([details.output])
+    if not runs and not args.follow:
+        state = details.row.state
+        print_notice(f"job {args.id} is {state} and has not run yet")
 
+@command(
+    "wait",
+    arg("ids", nargs="+", metavar="ID", help="a job's id; - reads them"),
+    arg("--any", action="store_true", help="until one has ended"),
+    arg("--timeout", type=option(duration()), default=math.inf, metavar="D",
+        help="wait no longer than this: exit 124"),
+    AS_JSON,
+    examples=("wait build test --timeout 10m",
+              "enqueue --lines commands.txt | queuectl wait -"))
+def wait(args: argparse.Namespace) -> int:
+    """Wait until jobs have ended; exit 0 if all completed.
+
+    Exit 1 if one ended otherwise, 124 if --timeout ran out.
+    """
+    ids: list[str] = []
+    for word in args.ids:
+        if word == "-":
+            ids += sys.stdin.read().split()
+        else:
+            ids.append(word)
+    # An outage is borne with for a minute, but never for longer than
+    # --timeout.
+    retry_for_s = min(FOLLOWING.retry_for_s, args.timeout)
+    policy = dataclasses.replace(FOLLOWING, retry_for_s=retry_for_s)
+    with open_store(policy) as store:
+        return report(store.wait(ids, args.any, args.timeout), args.json)
 
 @command("cancel", IDS, AS_JSON, examples=("cancel my-first-job", "cancel a b c"))
 def cancel(args: argparse.Namespace) -> int:
@@ -8791,30 +9859,45 @@ def cancel(args: argparse.Namespace) -> int:
     with open_store(WRITING) as store:
         return report(map(store.cancel, args.ids), args.json, store)
 
+@command("retry", IDS, AS_JSON, examples=("retry my-first-job", "retry a b c"))
+def retry(args: argparse.Namespace) -> int:
+    """Run failed jobs now; put dead and cancelled ones back."""
+    with open_store(WRITING) as store:
+        results = (store.revive(job_id, "retry") for job_id in args.ids)
+        return report(results, args.json, store)
 
-def _read_age(text: str) -> str:
-    with contextlib.suppress(ValueError):
-        return f"UTC_TIMESTAMP(6) - INTERVAL {duration().convert(text)} SECOND"
-    return f"'{_read_time(text)}'"
-
-
-AGE = ValueType(
-    _read_age, "a duration such as 7d, or a time such as 2026-11-24T10:00:00Z"
-)
-
+@command(
+    "rerun",
+    ID,
+    COMMAND_OPTION,
+    AS_JSON,
+    examples=("rerun my-first-job",
+              "rerun my-first-job -c 'echo hello again'"))
+def rerun(args: argparse.Namespace) -> None:
+    """Enqueue a new job like an old one; print its id."""
+    with open_store(WRITING) as store:
+        values = store.job_template(args.id)
+        if args.command:
+            values["command"] = args.command
+        spool = Spool()
+        # What the old row holds was checked when it came; only an id is
+        # missing.
+        spool.add(complete_job(values, {}))
+        enqueue(store.database, spool, False)
+        ring(store.database, 1, spool.queues)
+        # The new job waits for no other, so it is pending.
+        _print_ids(store.database, spool, {}, args.json, False)
 
 @command(
     "purge",
-    arg("--state", required=True, metavar="S", help="completed, dead or cancelled"),
-    arg(
-        "--before",
-        metavar="D|TIME",
-        default="0",
-        help="only what ended longer ago than D, or before TIME (default: all)",
-    ),
-    arg("--dry-run", action="store_true", help="only say how many it would be"),
-    examples=("purge --state completed --before 7d", "purge --state dead --dry-run"),
-)
+    arg("--state", required=True, metavar="S",
+        help="completed, dead or cancelled"),
+    arg("--before", metavar="D|TIME", default="0",
+        help="only what ended longer ago than D, or before TIME (default: all)"),
+    arg("--dry-run", action="store_true",
+        help="only say how many it would be"),
+    examples=("purge --state completed --before 7d",
+              "purge --state dead --dry-run"))
 def purge_jobs(args: argparse.Namespace) -> None:
     """Delete jobs that ended, with their history.
 
@@ -8824,194 +9907,320 @@ def purge_jobs(args: argparse.Namespace) -> None:
         raise Problem(
             f"--state: expected {', '.join(ENDED)}, not {excerpt(args.state)}",
             "only what has ended can be purged",
-            USAGE,
-        )
-    state, before = State(args.state), AGE.read(args.before, "--before")
+            USAGE)
+    state = State(args.state)
+    moment, value = AGE.read(args.before, "--before").as_sql()
     with open_store(WRITING) as store:
-        [age] = store.rows(str, f"SELECT {before}")  # as it is now
+        # An age becomes a fixed time, as it is now: else the jobs that go
+        # on ending while we delete would keep us at it.
+        [before] = store.database.rows(str, f"SELECT {moment}", value)
         if args.dry_run:
-            count = store.count_rows(f"jobs WHERE {ended_before(state)}", [age] * 2)
+            source = f"jobs WHERE {ended_before(state)}"
+            count = store.count_rows(source, [before, before])
         else:
-            count = sum(iter(lambda: purge(store.database, state, age), 0))
-    print_line(f"{count:,} {args.state} jobs {'would be ' * args.dry_run}purged")
+            count = _purge_all(store.database, state, before)
+    done = "would be purged" if args.dry_run else "purged"
+    print_line(f"{count:,} {args.state} jobs {done}")
 
+def _purge_all(database: Database, state: State, before: str) -> int:
+    """Deletes batch by batch what ended before that time; returns how many."""
+    total = 0
+    while True:
+        # A batch is a transaction of its own, so that no claim waits for
+        # all of them.
+        purged = purge(database, state, before)
+        if not purged:
+            return total
+        total += purged
 
-FILTERS = (
-    arg("--reason", metavar="R", help="only what died of this (exit, timeout, …)"),
-    arg("--exit-code", type=option(whole(0, 255)), metavar="N", help="only with this"),
-    arg("--match", metavar="TEXT", help="only with this in the command or last line"),
-    arg(
-        "--since",
-        type=option(AGE),
-        metavar="D|TIME",
-        help="only what died no longer ago than D, or since TIME",
-    ),
-)
-
-
-def _filter(args: argparse.Namespace) -> SqlCondition:
-    if args.reason is not None and args.reason not in list(Reason):
-        raise Problem(
-            f"--reason: no such reason: {excerpt(args.reason)}",
-            nearest(args.reason, Reason) or f"reasons: {', '.join(Reason)}",
-            USAGE,
-        )
-    wanted = [
-        ("dlq.reason = %s", args.reason),
-        ("dlq.exit_code = %s", args.exit_code),
-        ("LOCATE(%s, CONCAT_WS('\\n', command, last_line)) > 0", args.match),
-    ]
-    if args.since:
-        wanted.append((f"died_at >= {args.since} AND %s", 1))
-    found = [(part, value) for part, value in wanted if value is not None]
-    return SqlCondition(
-        " AND ".join(["TRUE", *(part for part, _ in found)]),
-        [value for _, value in found],
-    )
-
+# -- workers
 
 @command(
-    "dlq list",
-    *FILTERS,
-    LIMIT,
-    AS_JSON,
-    examples=("dlq list", "dlq list --exit-code 3 --since 2h --json"),
-)
-def dlq_list(args: argparse.Namespace) -> None:
-    """List the dead jobs, the last to die first."""
-    limit, only = _limit(args), _filter(args)
-    with open_store() as store:
-        letters = store.dead_letters(limit, only)
-        total = (
-            store.count_dead_letters(only) if len(letters) == limit else len(letters)
-        )
-    if args.json:
-        for view, died_at in letters:
-            print_json({**view.as_json(), "died_at": say_time(died_at)})
-        return
-    print_table(
-        ["Id", "Attempt", "Exit", "Reason", "Died", "Queue", "Command"],
-        [
-            [
-                view.id,
-                f"{view.attempts}/{view.max_attempts}",
-                view.exit_code,
-                view.reason,
-                _short(died_at),
-                view.queue,
-                view.command[:400],
-            ]
-            for view, died_at in letters
-        ],
-        spare=["Died", "Queue", "Exit"],
-    )
-    _print_total(len(letters), total)
+    "worker start",
+    arg("--count", type=option(whole(1, 1024)), default=1, metavar="N",
+        help="jobs at once (default 1)"),
+    arg("--daemon", action="store_true",
+        help="run in the background, with a PID file"),
+    arg("--queue", action="append", metavar="A,B",
+        help="serve these queues only"),
+    arg("--drain", action="store_true",
+        help="exit 0 once nothing is left to run"),
+    arg("--grace", type=option(duration()), metavar="D",
+        help="after a stop, end running jobs after so long and hand them back"),
+    PID_FILE,
+    arg("--log-file", metavar="FILE",
+        help="the daemon's log (default workers.log beside the PID file)"),
+    examples=("worker start --count 2", "worker start --count 8 --daemon",
+              "worker start --queue etl,mail --drain"))
+def worker_start(args: argparse.Namespace) -> int:
+    """Run jobs, here or as a daemon.
 
-
-@command("dlq groups", AS_JSON, examples=("dlq groups",))
-def dlq_groups(args: argparse.Namespace) -> None:
-    """Count dead jobs that are alike, whatever their digits."""
-    with open_store() as store:
-        print_rows(
-            store.dead_groups(),
-            args.json,
-            ["Count", "Exit", "Reason", "Last died", "Example", "Last line"],
-            ["count", "exit_code", "reason", "last_died_at", "example", "last_line"],
-            spare=["Last died", "Example"],
-        )
-
-
-@command(
-    "dlq retry",
-    arg("ids", nargs="*", metavar="ID", help="the job's id"),
-    arg("--all", action="store_true", help="all of them"),
-    *FILTERS,
-    arg(
-        "--retries",
-        type=option(whole(1, 1000)),
-        default=1,
-        metavar="N",
-        help="grant so many more runs (default 1)",
-    ),
-    arg("--reset", action="store_true", help="start the count of attempts again"),
-    arg("--dependents", action="store_true", help="and what died because of them"),
-    arg("--dry-run", action="store_true", help="only say which it would be"),
-    AS_JSON,
-    examples=(
-        "dlq retry my-first-job",
-        "dlq retry a b --retries 3",
-        "dlq retry --reason timeout --since 1d --dry-run",
-    ),
-)
-def dlq_retry(args: argparse.Namespace) -> int:
-    """Put dead jobs back: due now, one more run granted.
-
-    They keep their attempts, unless --reset starts the count again.
+    Ctrl-C or TERM lets running jobs end; a second one ends them and hands them back.
     """
-    only = _filter(args)
-    if sum((bool(args.ids), args.all, bool(only.values))) != 1:
-        raise Problem(
-            "dlq retry takes ids, or --all, or filters such as --exit-code",
-            "see: queuectl help dlq retry",
-            USAGE,
-        )
-    with open_store(WRITING) as store:
-        ids = args.ids or store.dead_ids(only)
-        if args.dry_run:
-            found = states_of(store.database, ids)
-            return report(
-                (
-                    ActionResult(
-                        one,
-                        one in found,
-                        found.get(one),
-                        no_such_job(one).what,
-                        "would be put back",
-                    )
-                    for one in ids
-                ),
-                args.json,
-            )
+    environment = Environment.read()
+    target = find_connection(environment)
+    queues = _served_queues(args.queue or [])
+    loaded = configured_by(environment, WRITING)
+    for complaint in [*loaded.complaints, *_readable_dotenv(environment)]:
+        notice(f"warning: {complaint}")
+    # A key file that cannot be read is found now, not by the first job.
+    signing_key()
+    options = WorkerOptions(
+        _with_absolute_paths(target),
+        environment,
+        loaded.settings,
+        queues,
+        args.drain,
+        args.grace,
+        sys.stderr.isatty(),
+        Log().say)
+    pid_file, log_file = _daemon_files(args, environment)
+    return run_workers(options, args.count, pid_file, log_file)
 
-        def revived() -> Iterator[ActionResult]:
-            for job_id in ids:
-                result = store.revive(job_id, "revive", args.retries, args.reset)
-                yield result
-                if args.dependents and result.ok:
-                    yield from store.revive_dependents(job_id)
+def _served_queues(texts: Sequence[str]) -> tuple[str, ...]:
+    """Returns the queues that --queue names, each once; none means all."""
+    queues = []
+    for text in texts:
+        for name in text.split(","):
+            if name:
+                queues.append(QUEUE_NAME.read(name, "--queue"))
+    # A worker with an empty list would serve all queues, which nobody asked
+    # for who wrote --queue "$UNSET".
+    if texts and not queues:
+        raise Problem("--queue names no queue", status=USAGE)
+    return tuple(dict.fromkeys(queues))
 
-        return report(revived(), args.json, store)
+def _with_absolute_paths(target: ConnectionInfo) -> ConnectionInfo:
+    """Returns the target with paths that hold in every directory."""
+    # A job's directory is its worker's too, for a moment.
+    return dataclasses.replace(
+        target,
+        socket=target.socket and absolute(target.socket),
+        ssl_ca=target.ssl_ca and absolute(target.ssl_ca))
 
+def _daemon_files(args: argparse.Namespace,
+                  environment: Environment) -> tuple[str, str]:
+    """Returns the paths of the PID file and the log; "" where there is none."""
+    # In the foreground there is a PID file only where one is asked for.
+    pid_file = args.pid_file or ""
+    if args.daemon:
+        pid_file = _pid_file(args, environment)
+    log_file = ""
+    if args.daemon:
+        beside = os.path.join(os.path.dirname(pid_file), "workers.log")
+        log_file = absolute(args.log_file or beside)
+    # A worker's directory is a job's for a moment, when a relative path would
+    # name another file.
+    return pid_file and absolute(pid_file), log_file
 
-QUEUE = arg("name", metavar="NAME", type=option(QUEUE_NAME), help="the queue's name")
+def _pid_file(args: argparse.Namespace, environment: Environment) -> str:
+    """Returns the daemon's PID file: by option, variable or default."""
+    # An empty PID_FILE would name no file at all; it counts as not set.
+    named = args.pid_file or environment.get("PID_FILE")
+    return str(named or VARIABLES["PID_FILE"].default)
 
+def _readable_dotenv(environment: Environment) -> list[str]:
+    """Returns a complaint for each .env that not only its owner can read."""
+    complaints = []
+    # The first layer is the process's own environment, which is no file.
+    for source, variables in environment.layers[1:]:
+        with contextlib.suppress(OSError):
+            # One that sets nothing, or is not there, gives nothing away.
+            if variables and os.stat(source).st_mode & 0o077:
+                complaints.append(
+                    f"others can read {source}; mend it: chmod 600 {source}")
+    return complaints
+
+@command(
+    "worker stop",
+    PID_FILE,
+    arg("--timeout", type=option(duration()), default=math.inf, metavar="D",
+        help="wait no longer than this; still stopping: exit 124"),
+    arg("--now", action="store_true",
+        help="end running jobs and hand them back"),
+    examples=("worker stop", "worker stop --timeout 30s", "worker stop --now"))
+def worker_stop(args: argparse.Namespace) -> int:
+    """Stop the daemon: its running jobs may end first."""
+    environment = Environment.read()
+    path = _pid_file(args, environment)
+
+    def waits_for(supervisor: int) -> str:
+        return _say_running(environment, supervisor)
+
+    return stop_daemon(path, args.now, args.timeout, waits_for)
+
+def _say_running(environment: Environment, supervisor: int) -> str:
+    """Returns words for the jobs that a stopping daemon waits for, or ""."""
+    # The daemon stops by a signal, with or without a database: where the
+    # server is away these words are left out, soon, and nothing else
+    # changes.
+    policy = dataclasses.replace(READING, timeout_s=2)
+    with contextlib.suppress(Problem):
+        target = find_connection(environment)
+        with contextlib.closing(Database(target, policy)) as database:
+            store = JobStore(database, Settings())
+            ids = store.running_under(socket.gethostname(), supervisor)
+            if ids:
+                return f", waiting for {abbreviated(ids)}"
+    return ""
+
+@command("worker list", AS_JSON, examples=("worker list", "worker list --json"))
+def worker_list(args: argparse.Namespace) -> None:
+    """Show the worker processes of all hosts."""
+    with open_store() as store:
+        workers = store.workers()
+    if args.json:
+        for worker in workers:
+            print_json(as_json(worker))
+        return
+    _print_workers(workers)
+    slots = sum(worker.slots for worker in workers)
+    hosts = len({worker.host for worker in workers})
+    print_line(f"{_counted(slots, 'slot')} on {_counted(hosts, 'host')}")
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+def _print_workers(workers: Sequence[WorkerRow]) -> None:
+    """Prints the workers as a table."""
+    rows = []
+    for worker in workers:
+        busy = f"{worker.busy}/{worker.slots}"
+        # A worker that names no queue serves every one.
+        queues = ", ".join(worker.queues) or "all"
+        rows.append([
+            worker.id,
+            worker.host,
+            worker.pid,
+            busy,
+            worker.heartbeat_at,
+            worker.state,
+            queues])
+    titles = ["Worker", "Host", "PID", "Busy", "Heartbeat", "State", "Queues"]
+    print_table(titles, rows, spare=["Heartbeat", "Host"])
+
+@command(
+    "status",
+    arg("--exact", action="store_true",
+        help="count every job, however many"),
+    arg("--watch", nargs="?", type=option(number(0.1, 3600)), const=2.0, metavar="S",
+        help="show it again every S seconds (default 2)"),
+    PID_FILE,
+    AS_JSON,
+    examples=("status", "status --watch", "status --json"))
+def status(args: argparse.Namespace) -> None:
+    """Count jobs by state, and show the daemon, queues and workers."""
+    path = _pid_file(args, Environment.read())
+    with open_store() as store:
+        while True:
+            if args.watch and sys.stdout.isatty() and not args.json:
+                # Clear the screen, and go to its upper left corner.
+                print_line("\x1b[2J\x1b[H")
+            if args.json:
+                _print_status_json(store, path, args.exact)
+            else:
+                _print_status(store, path, args.exact)
+            if not args.watch:
+                return
+            # Python keeps back what goes to a pipe; its reader waits for
+            # this.
+            sys.stdout.flush()
+            time.sleep(args.watch)
+
+def _say_database(store: JobStore) -> str:
+    target = store.database.target
+    return f"{target} (from {target.source})"
+
+def _print_status_json(store: JobStore, path: str, exact: bool) -> None:
+    """Prints the status as one JSON object."""
+    counts, capped = store.states(exact)
+    queues = [as_json(queue) for queue in store.queues()]
+    workers = [as_json(worker) for worker in store.workers()]
+    daemon = probe_pid_file(path)
+    print_json({
+        "database": _say_database(store),
+        "states": dict(counts),
+        "capped": list(capped),
+        "queues": list(queues),
+        "workers": list(workers),
+        "daemon": {
+            "pid_file": path,
+            "pid": daemon.pid or None,
+            "alive": daemon.alive}})
+
+def _print_status(store: JobStore, path: str, exact: bool) -> None:
+    """Prints the status as tables, and warns of queues that nobody serves."""
+    counts, capped = store.states(exact)
+    queues = store.queues()
+    workers = store.workers()
+    daemon = probe_pid_file(path)
+    print_line(f"database: {_say_database(store)}")
+    print_line("Job counts by state:")
+    _print_counts(counts, capped)
+    _print_daemon(daemon, path)
+    if queues:
+        rows = []
+        for queue in queues:
+            rows.append([queue.queue, queue.pending, queue.processing])
+        print_table(["Queue", "Pending", "Processing"], rows)
+    if workers:
+        _print_workers(workers)
+    for name in store.unserved():
+        print_notice(
+            f"warning: jobs wait in queue {name}, and no live worker "
+            f"serves it; start one: queuectl worker start --queue {name}")
+
+def _print_daemon(daemon: PidFileStatus, path: str) -> None:
+    """Prints what is known of the daemon of this PID file."""
+    if not daemon.found:
+        print_line(f"No worker PID file at {path}")
+        return
+    # A file alone proves nothing: it outlives a daemon that was killed.
+    found = f"Worker PID file found at {path}"
+    if daemon.alive:
+        print_line(found)
+        print_line(str(daemon.pid))
+    else:
+        print_line(f"{found} (stale, no daemon holds it)")
+
+def _print_counts(counts: Mapping[str, int], capped: Collection[str]) -> None:
+    """Prints how many jobs are in each state; + where there are more."""
+    rows = []
+    for position, state in enumerate(State):
+        # The first five are always shown, the others where they say
+        # something.
+        if position >= 5 and not counts[state]:
+            continue
+        count = str(counts[state])
+        if state in capped:
+            count += "+"
+        rows.append([state, count])
+    print_table(["State", "Count"], rows)
+
+# -- queues
+
+QUEUE = arg(
+    "name",
+    metavar="NAME",
+    type=option(QUEUE_NAME),
+    help="the queue's name")
 
 @command("queue list", AS_JSON, examples=("queue list",))
 def queue_list(args: argparse.Namespace) -> None:
     """Show depth, limit and pace of every queue in use."""
     with open_store() as store:
-        print_rows(
-            store.queue_stats(),
-            args.json,
-            [
-                "Queue",
-                "Depth",
-                "Running",
-                "Limit",
-                "Paused",
-                "Rate/min",
-                "Oldest waiting",
-            ],
-            ["queue", "depth", "running", "limit", "paused", "rate", "oldest_waiting"],
-        )
-
+        rows = [as_json(queue) for queue in store.queue_stats()]
+    titles = ["Queue", "Depth", "Running", "Limit", "Paused", "Rate/min",
+              "Oldest waiting"]
+    keys = ["queue", "depth", "running", "limit", "paused", "rate",
+            "oldest_waiting"]
+    print_rows(rows, args.json, titles, keys)
 
 @command(
     "queue limit",
     QUEUE,
     arg("limit", metavar="N|none", help="jobs at once over all hosts"),
-    examples=("queue limit video 2", "queue limit video none"),
-)
+    examples=("queue limit video 2", "queue limit video none"))
 def queue_limit(args: argparse.Namespace) -> None:
     """Run at most N jobs of a queue at once, over all hosts."""
     most = None
@@ -9019,16 +10228,16 @@ def queue_limit(args: argparse.Namespace) -> None:
         most = whole(0, 10**6).read(args.limit, "N (or none)")
     with open_store(WRITING) as store:
         store.limit(args.name, "max_running", most)
+        # A higher limit lets jobs start that idle workers have passed over.
         ring(store.database)
-
 
 @command("queue pause", QUEUE, examples=("queue pause video",))
 def queue_pause(args: argparse.Namespace) -> None:
     """Start no more jobs of a queue; those that run go on."""
     with open_store(WRITING) as store:
-        [now] = store.rows(lambda now: now, "SELECT UTC_TIMESTAMP(6)")
+        # Nobody is rung: a worker reads it before it claims anyway.
+        [now] = store.database.rows(str, "SELECT UTC_TIMESTAMP(6)")
         store.limit(args.name, "paused_at", now)
-
 
 @command("queue resume", QUEUE, examples=("queue resume video",))
 def queue_resume(args: argparse.Namespace) -> None:
@@ -9037,49 +10246,196 @@ def queue_resume(args: argparse.Namespace) -> None:
         store.limit(args.name, "paused_at", None)
         ring(store.database)
 
+# -- dead letters
+
+FILTERS = (
+    arg("--reason", metavar="R",
+        help="only what died of this (exit, timeout, …)"),
+    arg("--exit-code", type=option(whole(0, 255)), metavar="N",
+        help="only with this"),
+    arg("--match", metavar="TEXT",
+        help="only with this in the command or last line"),
+    arg("--since", type=option(AGE), metavar="D|TIME",
+        help="only what died no longer ago than D, or since TIME"))
+
+def _dead_letter_condition(args: argparse.Namespace) -> SqlCondition:
+    """Returns what FILTERS ask for; a condition without values, if nothing."""
+    if args.reason is not None and args.reason not in list(Reason):
+        what = f"--reason: no such reason: {excerpt(args.reason)}"
+        hint = nearest(args.reason, Reason) or f"reasons: {', '.join(Reason)}"
+        raise Problem(what, hint, USAGE)
+    wanted = [
+        ("dlq.reason = %s", args.reason),
+        ("dlq.exit_code = %s", args.exit_code),
+        # LOCATE takes the text as it is, where LIKE would read its % and _.
+        ("LOCATE(%s, CONCAT_WS('\\n', command, last_line)) > 0", args.match),
+    ]
+    if args.since is not None:
+        moment, bound = args.since.as_sql()
+        wanted.append((f"died_at >= {moment}", bound))
+    parts = ["TRUE"]
+    values = []
+    for part, value in wanted:
+        if value is not None:
+            parts.append(part)
+            values.append(value)
+    return SqlCondition(" AND ".join(parts), values)
+
+@command(
+    "dlq list",
+    *FILTERS,
+    LIMIT,
+    AS_JSON,
+    examples=("dlq list", "dlq list --exit-code 3 --since 2h --json"))
+def dlq_list(args: argparse.Namespace) -> None:
+    """List the dead jobs, the last to die first."""
+    limit = _limit(args)
+    only = _dead_letter_condition(args)
+    with open_store() as store:
+        letters = store.dead_letters(limit, only)
+        total = len(letters)
+        # As in `list`: fewer than the limit are all there are.
+        if total == limit:
+            total = store.count_dead_letters(only)
+    if args.json:
+        for letter in letters:
+            died_at = say_time(letter.died_at)
+            print_json({**letter.row.as_json(), "died_at": died_at})
+        return
+    _print_dead_letters(letters)
+    _print_total(len(letters), total)
+
+def _print_dead_letters(letters: Sequence[DeadLetter]) -> None:
+    """Prints the dead letters as a table."""
+    rows = []
+    for letter in letters:
+        job = letter.row
+        died_at = _short(letter.died_at)
+        rows.append([
+            job.id,
+            _attempts_of(job),
+            job.exit_code,
+            job.reason,
+            died_at,
+            job.queue,
+            job.command[:SHOWN_COMMAND_MAX]])
+    titles = ["Id", "Attempt", "Exit", "Reason", "Died", "Queue", "Command"]
+    print_table(titles, rows, spare=["Died", "Queue", "Exit"])
+
+@command("dlq groups", AS_JSON, examples=("dlq groups",))
+def dlq_groups(args: argparse.Namespace) -> None:
+    """Count dead jobs that are alike, whatever their digits."""
+    with open_store() as store:
+        rows = [as_json(group) for group in store.dead_groups()]
+    titles = ["Count", "Exit", "Reason", "Last died", "Example", "Last line"]
+    # The last column is the one that gives way on a narrow terminal.
+    keys = ["count", "exit_code", "reason", "last_died_at", "example",
+            "last_line"]
+    print_rows(rows, args.json, titles, keys, spare=["Last died", "Example"])
+
+@command(
+    "dlq retry",
+    arg("ids", nargs="*", metavar="ID", help="the job's id"),
+    arg("--all", action="store_true", help="all of them"),
+    *FILTERS,
+    arg("--retries", type=option(whole(1, 1000)), default=1, metavar="N",
+        help="grant so many more runs (default 1)"),
+    arg("--reset", action="store_true",
+        help="start the count of attempts again"),
+    arg("--dependents", action="store_true",
+        help="and what died because of them"),
+    arg("--dry-run", action="store_true", help="only say which it would be"),
+    AS_JSON,
+    examples=("dlq retry my-first-job", "dlq retry a b --retries 3",
+              "dlq retry --reason timeout --since 1d --dry-run"))
+def dlq_retry(args: argparse.Namespace) -> int:
+    """Put dead jobs back: due now, one more run granted.
+
+    They keep their attempts, unless --reset starts the count again.
+    """
+    only = _dead_letter_condition(args)
+    # A condition without values is no filter. Exactly one of the three must
+    # be given: `dlq retry` with nothing after it is never to mean all of
+    # them.
+    ways = (bool(args.ids), bool(args.all), bool(only.values))
+    if sum(ways) != 1:
+        raise Problem(
+            "dlq retry takes ids, or --all, or filters such as --exit-code",
+            "see: queuectl help dlq retry",
+            USAGE)
+    with open_store(WRITING) as store:
+        ids = args.ids or store.dead_ids(only)
+        if args.dry_run:
+            return report(_would_revive(store, ids), args.json)
+        return report(_revived(store, ids, args), args.json, store)
+
+def _would_revive(store: JobStore,
+                  ids: Sequence[str]) -> Iterator[ActionResult]:
+    """Yields what a dry run says of each job; nothing is changed."""
+    states = states_of(store.database, ids)
+    for job_id in ids:
+        yield ActionResult(
+            job_id,
+            job_id in states,
+            states.get(job_id),
+            no_such_job(job_id).what,
+            "would be put back")
+
+def _revived(store: JobStore, ids: Sequence[str],
+             args: argparse.Namespace) -> Iterator[ActionResult]:
+    """Puts each job back, and with --dependents what died because of it."""
+    for job_id in ids:
+        result = store.revive(job_id, "revive", args.retries, args.reset)
+        yield result
+        # The parent comes first: while it is dead, its children cannot come
+        # back.
+        if args.dependents and result.ok:
+            yield from store.revive_dependents(job_id)
+
+# -- settings
 
 def known_key(key: str) -> str:
+    """Returns the name of a setting; for another, a Problem with a hint."""
     if key not in SETTINGS:
-        raise Problem(
-            f"no such setting: {excerpt(key)}",
-            nearest(key, SETTINGS) or f"settings: {' '.join(SETTINGS)}",
-            USAGE,
-        )
+        hint = nearest(key, SETTINGS) or f"settings: {' '.join(SETTINGS)}"
+        raise Problem(f"no such setting: {excerpt(key)}", hint, USAGE)
     return key
 
-
 KEY = arg("key", type=known_key, metavar="KEY", help="the setting's name")
-
 
 @command(
     "config set",
     KEY,
     arg("value", metavar="VALUE", help="its new value"),
-    examples=("config set backoff_base 3", "config set job_timeout 10m"),
-)
+    examples=("config set backoff_base 3", "config set job_timeout 10m"))
 def config_set(args: argparse.Namespace) -> None:
     """Store a setting; running workers take it within seconds."""
-    SETTINGS[args.key].metadata["kind"].read(args.value, args.key)
+    kind: ValueType[object] = SETTINGS[args.key].metadata["kind"]
+    # It is checked, and stored as it was typed.
+    kind.read(args.value, args.key)
     with open_store(WRITING) as store:
         store.set_config(args.key, args.value)
         ring(store.database)
-        settings = load_settings(Environment(()), read_config(store.database)).settings
+        # As the table alone says: what this shell sets is not what workers
+        # have.
+        loaded = load_settings(Environment(()), read_config(store.database))
+    settings = loaded.settings
     name = variable_of(args.key)
     hidden = Environment.read().find(name)
     if hidden:
-        notice(f"warning: {name}={excerpt(hidden[0])} ({hidden[1]}) hides it here")
+        text, source = hidden
+        notice(f"warning: {name}={excerpt(text)} ({source}) hides it here")
     if settings.lease_s > settings.worker_timeout:
-        notice(
-            "warning: worker_timeout is under 4 heartbeats; the lease is "
-            f"{say_duration(settings.lease_s)}"
-        )
-
+        lease = say_duration(settings.lease_s)
+        notice("warning: worker_timeout is under 4 heartbeats; "
+               f"the lease is {lease}")
 
 @command("config get", KEY, examples=("config get backoff_base",))
 def config_get(args: argparse.Namespace) -> None:
     """Print the value in force."""
-    print_line(configured_by(Environment.read(), READING).origins[args.key][1])
-
+    loaded = configured_by(Environment.read(), READING)
+    _, text = loaded.origins[args.key]
+    print_line(text)
 
 @command("config unset", KEY, examples=("config unset backoff_base",))
 def config_unset(args: argparse.Namespace) -> None:
@@ -9088,98 +10444,128 @@ def config_unset(args: argparse.Namespace) -> None:
         store.set_config(args.key, None)
         ring(store.database)
 
-
 @command("config list", AS_JSON, examples=("config list",))
 def config_list(args: argparse.Namespace) -> None:
     """Show every setting, its value's source and its default."""
-    configured = configured_by(Environment.read(), READING)
-    for complaint in configured.complaints:
+    loaded = configured_by(Environment.read(), READING)
+    for complaint in loaded.complaints:
         notice(f"warning: {complaint}")
     rows = []
     for key, field in SETTINGS.items():
-        (source, text), about = configured.origins[key], field.metadata
-        rows.append([key, text, source, about["default"], about["help"]])
+        source, text = loaded.origins[key]
+        about = field.metadata
+        default, meaning = about["default"], about["help"]
+        rows.append([key, text, source, default, meaning])
         if args.json:
-            value = getattr(configured.settings, key)
-            value = sorted(value) if isinstance(value, frozenset) else value
-            print_json(
-                {
-                    "key": key,
-                    "value": value,
-                    "source": source,
-                    "default": about["default"],
-                    "help": about["help"],
-                }
-            )
+            # Programs get the value itself, a number for a number; the
+            # table shows the text that it was read from.
+            value = getattr(loaded.settings, key)
+            if isinstance(value, frozenset):
+                value = sorted(value)
+            print_json({
+                "key": key,
+                "value": value,
+                "source": source,
+                "default": default,
+                "help": meaning})
     if not args.json:
-        print_table(["Key", "Value", "Source", "Default", "Help"], rows, ["Default"])
+        titles = ["Key", "Value", "Source", "Default", "Help"]
+        print_table(titles, rows, spare=["Default"])
 
+# -- database
 
 @command("db init", examples=("db init",))
 def db_init(args: argparse.Namespace) -> None:
     """Create the database and its tables, or upgrade older ones."""
-    print_line(init_database(find_connection(Environment.read())))
-
+    target = find_connection(Environment.read())
+    print_line(init_database(target))
 
 @command("db check", PID_FILE, AS_JSON, examples=("db check",))
 def db_check(args: argparse.Namespace) -> int:
     """Look for what is off, and say how to mend it; exit 1 if so."""
     environment = Environment.read()
-    target, settings = (
-        find_connection(environment),
-        load_settings(environment, {}).settings,
-    )
+    target = find_connection(environment)
+    settings = load_settings(environment, {}).settings
+    # Where the server is away or has no tables the checks below say so;
+    # they go on with what can be known without it.
     with contextlib.suppress(Problem):
         settings = configured_by(environment, READING).settings
-    path = args.pid_file or _pid_file(environment)
-    standing, readable = probe_pid_file(path), _readable_dotenv(environment)
-    told = f"PID {standing.pid} lives" if standing.alive else "stale, nobody holds it"
+    local = [
+        _check_pid_file(_pid_file(args, environment)),
+        _check_dotenv(environment),
+    ]
     status = 0
-    for one in itertools.chain(
-        check_all(target, settings),
-        (
-            Check(
-                "PID file",
-                standing.alive or not standing.found,
-                f"{path}: {told if standing.found else 'none'}",
-                "start a daemon: queuectl worker start --daemon",
-            ),
-            Check(".env", not readable, "; ".join(readable) or "private, or none"),
-        ),
-    ):
-        status |= not one.ok
-        if args.json:
-            print_json({**one._asdict(), "remedy": "" if one.ok else one.remedy})
-        else:
-            remedy = f"; {one.remedy}" if one.remedy and not one.ok else ""
-            print_line(
-                f"{'ok ' if one.ok else 'OFF'} {one.check:12} {one.found}{remedy}"
-            )
+    # Each is told as it comes: one that waits for the server is not to hold
+    # up others.
+    for check in itertools.chain(check_all(target, settings), local):
+        if not check.ok:
+            status = CANNOT
+        _print_check(check, args.json)
     return status
 
+def _check_pid_file(path: str) -> Check:
+    """Returns whether the PID file, if any, belongs to a living daemon."""
+    daemon = probe_pid_file(path)
+    said = "stale, nobody holds it"
+    if daemon.alive:
+        said = f"PID {daemon.pid} lives"
+    elif not daemon.found:
+        said = "none"
+    return Check(
+        "PID file",
+        daemon.alive or not daemon.found,
+        f"{path}: {said}",
+        "start a daemon: queuectl worker start --daemon")
+
+def _check_dotenv(environment: Environment) -> Check:
+    complaints = _readable_dotenv(environment)
+    found = "; ".join(complaints) or "private, or none"
+    return Check(".env", not complaints, found)
+
+def _print_check(check: Check, as_json: bool) -> None:
+    """Prints one check; its remedy only where something is off."""
+    remedy = "" if check.ok else check.remedy
+    if as_json:
+        print_json({
+            "check": check.check,
+            "ok": check.ok,
+            "found": check.found,
+            "remedy": remedy})
+        return
+    said = check.found
+    if remedy:
+        said += f"; {remedy}"
+    # Both words are three columns wide, so that the names stand below each
+    # other.
+    mark = "ok " if check.ok else "OFF"
+    print_line(f"{mark} {check.check:12} {said}")
 
 @command("db schema", examples=("db schema | mysql -u root -p",))
 def db_schema(args: argparse.Namespace) -> None:
     """Print the schema, as migrations.sql has it."""
-    print_line(schema_for(find_connection(Environment.read()).database).rstrip("\n"))
-
+    target = find_connection(Environment.read())
+    schema = schema_for(target.database)
+    print_line(schema.rstrip("\n"))
 
 @command("db start", examples=("db start",))
 def db_start(args: argparse.Namespace) -> None:
     """Start a private MySQL in ./.queuectl, where there is none."""
     target = find_connection(Environment.read())
+    # An address that the person wrote comes before the private server's, so
+    # every other command would pass it by.
     if target.explicit:
         raise Problem(
-            f"a private server would not be used: {target.source} names {target}",
-            "remove what names it there (DB_HOST, DB_PORT, "
-            "DB_SOCKET or DATABASE_URL), or use that server",
-        )
+            f"a private server would not be used: {target.source} names "
+            f"{target}",
+            "remove what names it there (DB_HOST, DB_PORT, DB_SOCKET or "
+            "DATABASE_URL), or use that server")
     folder = find_private_folder() or PRIVATE_FOLDER
     server = PrivateServer(folder)
     done = "started" if server.start() else "runs already"
     print_line(f"private server {done} in {folder}, PID {server.running()}")
+    # The address is looked for anew: the folder by which it is found may be
+    # there only now.
     print_line(init_database(find_connection(Environment.read())))
-
 
 @command("db stop", examples=("db stop",))
 def db_stop(args: argparse.Namespace) -> None:
@@ -9266,6 +10652,7 @@ def _first_plain(words: Sequence[str]) -> str:
 
 
 def parser_of(found: Command) -> Parser:
+    """Returns the parser of one command."""
     parser = Parser(
         prog=f"queuectl {found.name}",
         allow_abbrev=False,

@@ -929,9 +929,16 @@ class DesignTest(unittest.TestCase):
                 and part.value.id == "self"
             }
             lines = (one.end_lineno or 0) - one.lineno + 1
-            self.assertLessEqual(lines, 400, one.name)
-            self.assertLessEqual(len(methods), 27, one.name)
+            self.assertLessEqual(lines, 300, one.name)
+            self.assertLessEqual(len(methods), 20, one.name)
             self.assertLessEqual(len(attributes), 20, one.name)
+
+    def test_what_is_longer_than_six_lines_says_what_the_caller_gets(self) -> None:
+        for one in ast.walk(self.tree):
+            if isinstance(one, ast.ClassDef) or (
+                isinstance(one, ast.FunctionDef) and self.size(one) > 6
+            ):
+                self.assertTrue(ast.get_docstring(one), f"{one.name}, {one.lineno}")
 
     def test_there_is_air_between_the_thoughts(self) -> None:
         written = [line for line in self.lines if line.strip()]
@@ -947,13 +954,22 @@ class DesignTest(unittest.TestCase):
         nodes = sum(1 for _ in ast.walk(self.tree))
         self.assertLess(nodes / code, 9.0)
         long = [line for line in written if len(line) >= 80]
-        self.assertLess(len(long) / len(written), 0.08)
-        self.assertGreater(len(comments) / len(written), 0.05)
+        self.assertLess(len(long) / len(written), 0.05)
+        self.assertGreater(len(comments) / len(written), 0.08)
 
     def test_no_line_is_longer_than_88_columns(self) -> None:
         for name in ("queuectl.py", "test_queuectl.py", "migrations.sql"):
             for at, line in enumerate(read_file(name).splitlines(), 1):
                 self.assertLessEqual(len(line), 88, f"{name}:{at}")
+
+    def test_nothing_is_to_be_run_in_the_head(self) -> None:
+        for form in (
+            r"lambda \*row: row",
+            r"""["')\]] \* (bool\(|len\(|not )""",
+            r"\b0 \* \w",
+        ):
+            for at, line in enumerate(self.lines, 1):
+                self.assertNotRegex(line, form, f"line {at}")
 
     def test_only_the_room_transitions_writes_the_state_of_a_job(self) -> None:
         for update in re.finditer(r"UPDATE jobs\b[^;]{0,400}?\bWHERE\b", self.text):
@@ -2960,7 +2976,7 @@ class Hosts(WorkCase):
         alone, good = HangingProxy(self.server.socket), Proxy(self.server.socket)
         doors = self.doors(alone, good)
         job = self.put("true")
-        worker = self.worker(**doors)
+        worker = self.worker(**doors, QUEUECTL_WORKER_TIMEOUT="9")
         began = time.monotonic()
         self.wait_state(job, State.COMPLETED)
         self.assertLess(time.monotonic() - began, 15)
