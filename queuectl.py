@@ -5874,90 +5874,159 @@ def _unmet_parents(cursor: Cursor, seq: int) -> list[UnmetParent]:
 
 # ---- doorbell ----------------------------------------------------------------
 #
-# MySQL has no NOTIFY. A supervisor with a free slot parks a sleep on a connection of
-# its own; who has something for it finds that sleep among the server's processes and
-# ends it by KILL QUERY. The connection does nothing else, so nothing else can be hit.
-# This is for speed alone: where it cannot work (a proxy, another account, a cluster's
-# other node) the poll finds the work.
+# MySQL has no NOTIFY. A supervisor with a free slot parks a sleep on a
+# connection of its own; who has something for it finds that sleep in the
+# server's process list and ends it by KILL QUERY. The connection does nothing
+# else, so nothing else can be hit. This is for speed alone: where it cannot
+# work (a proxy, another account, a cluster's other node) the poll finds the
+# work.
 
 DOORBELL = "queuectl doorbell"
-PARKED_S = 10  # a sleep outlives its killed client by as much
-PARKED = re.compile(rf"SELECT SLEEP\({PARKED_S}\) /\* {DOORBELL} (\S+) (\S+) \*/")
+# A sleep outlives its killed client by so many seconds at most.
+PARKED_S = 10
+# A parked sleep, as the process list shows it: with the id of the worker that
+# it wakes, and the queues which that one serves, "-" for all of them.
+PARKED = re.compile(
+    rf"SELECT SLEEP\({PARKED_S}\) /\* {DOORBELL} (\S+) (\S+) \*/")
 
-def ring(database: Database, count: int = sys.maxsize, queues: Collection[str] = (),
-         worker: str = "") -> None:
-    """Wake up to `count` idle supervisors, and one more lest one be dead: those that
-    serve one of `queues`, or have this worker; none named: any."""
-    def parked(cursor: Cursor) -> list[int]:
-        """Returns the connections of the sleeps that may be rung."""
-        release = [int(part) for part in re.findall(r"\d+", database.version)[:3]]
-        schema = "performance" if not database.mariadb and release >= [8, 0, 22] \
-            else "information"
-        cursor.execute(f"SELECT id, info FROM {schema}_schema.processlist "
-                       "WHERE db = DATABASE() AND info LIKE %s",
-                       (f"SELECT SLEEP(%) /* {DOORBELL} %",))
-        found = []
-        for number, text in cursor.fetchall():
-            match = PARKED.fullmatch(text)  # what is merely like ours is left alone
-            if match and worker in ("", match[1]):
-                served = {*match[2].split(",")}
-                if served == {"-"} or not queues or served & {*queues}:
-                    found.append(number)
-        return found
-    found = database.attempt(parked) or []
-    random.shuffle(found)
-    for number in found[:count + 1]:
-        database.attempt(functools.partial(Cursor.execute, statement="KILL QUERY %s",
-                                           values=(number,)))
+class ParkedSleep(NamedTuple):
+    """A sleep that is parked in the server, and whom its end wakes."""
+    connection: int
+    worker: str
+    queues: frozenset[str]  # {"-"}: all of them
+
+    def serves(self, queues: Collection[str]) -> bool:
+        """Returns whether it wakes who serves one of these, if there are any."""
+        if not queues or self.queues == {"-"}:
+            return True
+        return not self.queues.isdisjoint(queues)
+
+def _process_list(database: Database) -> str:
+    """Returns the table of the server's connections and their statements."""
+    older = "information_schema.processlist"
+    if database.mariadb:
+        return older
+    digits = re.findall(r"\d+", database.version)
+    version = [int(part) for part in digits[:3]]
+    # The newer one came with 8.0.22. MySQL deprecates the older, which holds
+    # up all connections while it is read.
+    if version < [8, 0, 22]:
+        return older
+    return "performance_schema.processlist"
+
+def _parked_sleeps(cursor: Cursor, process_list: str) -> list[ParkedSleep]:
+    """Returns the sleeps that are parked in this database."""
+    def parked(connection: int, statement: str) -> ParkedSleep | None:
+        """Returns what a row of the process list stands for."""
+        # What is merely like ours is left alone.
+        match = PARKED.fullmatch(statement)
+        if not match:
+            return None
+        worker, queues = match.groups()
+        return ParkedSleep(connection, worker, frozenset(queues.split(",")))
+
+    rows = cursor.rows(
+        parked,
+        f"SELECT id, info FROM {process_list} "
+        "WHERE db = DATABASE() AND info LIKE %s",
+        f"SELECT SLEEP(%) /* {DOORBELL} %")
+    return [sleep for sleep in rows if sleep]
+
+def _end_sleep(cursor: Cursor, connection: int) -> None:
+    cursor.execute("KILL QUERY %s", (connection,))
+
+def ring(database: Database, count: int = sys.maxsize,
+         queues: Collection[str] = (), worker: str = "") -> None:
+    """Wakes up to `count` idle supervisors, and one more, lest one be dead.
+
+    With `queues` it wakes those that serve one of them, with `worker` the one
+    that has this worker, and else any. It never fails: whoever is not woken
+    finds the work by its poll.
+    """
+    def find(cursor: Cursor) -> list[ParkedSleep]:
+        """Returns the sleeps that may be ended."""
+        # Only now, with a connection, is the server's version known.
+        sleeps = _parked_sleeps(cursor, _process_list(database))
+        if worker:
+            sleeps = [sleep for sleep in sleeps if sleep.worker == worker]
+        return [sleep for sleep in sleeps if sleep.serves(queues)]
+
+    sleeps = database.attempt(find) or []
+    # Those who ring at the same time are not all to end the same sleep.
+    random.shuffle(sleeps)
+    for sleep in sleeps[:count + 1]:
+        end_it = functools.partial(_end_sleep, connection=sleep.connection)
+        database.attempt(end_it)
+
+def _stay_silent(text: str) -> None:
+    """Drops what the doorbell's connection meets: the worker meets it too."""
 
 class Doorbell:
-    """A thread that parks a sleep when told to, and calls `rung` when it was ended."""
-    def __init__(self, target: ConnectionInfo, note: str, rung: Callable[[], None],
-                 route: Route | None = None) -> None:
-        """Begins to listen; nothing is parked before `park` says so."""
-        policy = RetryPolicy(math.inf, 1.5 * PARKED_S, say=lambda text: None)
+    """A thread that parks a sleep when told to, and says when it was ended."""
+    def __init__(self, target: ConnectionInfo, note: str,
+                 rung: Callable[[], None], route: Route | None = None) -> None:
+        """Starts the thread, which calls `rung` whenever it was rung.
+
+        `note` is the worker's id and its queues, as in PARKED. With `route`
+        the sleep is parked on the host that the worker itself uses.
+        """
+        # The server answers when the sleep is over, and not before.
+        policy = RetryPolicy(
+            retry_for_s=math.inf,
+            timeout_s=1.5 * PARKED_S,
+            say=_stay_silent)
         self._database = Database(target, policy, route=route)
-        self._note, self._rung = f"{DOORBELL} {note}", rung
+        self._note = f"{DOORBELL} {note}"
+        self._rung = rung
         self._wanted = threading.Event()
-        threading.Thread(target=self._wait, daemon=True).start()
+        thread = threading.Thread(target=self._keep_parked, daemon=True)
+        thread.start()
 
     def park(self) -> bool:
-        """Have it parked from now until it is rung; False if it is so already."""
+        """Has a sleep parked from now until it is rung.
+
+        Returns False if one is parked already.
+        """
         if self._wanted.is_set():
             return False
         self._wanted.set()
         return True
 
     def leave(self) -> None:
-        """Let the sleep that is parked be the last."""
+        """Lets the sleep that is parked be the last."""
         self._wanted.clear()
 
-    def _wait(self) -> None:
-        with contextlib.suppress(Problem):  # the worker meets it too, and says so
+    def _keep_parked(self) -> None:
+        """Parks one sleep after the other, while any is wanted."""
+        # A Problem ends the thread: the worker meets it too, and says so.
+        with contextlib.suppress(Problem):
             while self._wanted.wait():
-                if self._database.sleep(PARKED_S, self._note):
+                ended_early = self._database.sleep(PARKED_S, self._note)
+                if ended_early:
+                    # Cleared first: who is told so may park anew at once.
                     self._wanted.clear()
                     self._rung()
 
 
 # ---- OS processes ------------------------------------------------------------
 #
-# The only room that kills, reaps or reads /proc. What it ends it ends by descriptors
-# where the kernel has them, and by run tags, so that no stranger is hit.
+# The only room that signals, reaps, or reads /proc. What it ends it pins by a
+# descriptor where the kernel has them, and then looks at once more, so that no
+# stranger is hit who was given the number of a process that is gone. It finds
+# what belongs to a run by the session, and by the run tag in the environment
+# that all its processes inherit. Without a /proc it ends process groups alone.
 
-STRAY_CHECK_S = 0.05
-HOST_IS_SHORT = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
-MARK = "QUEUECTL_RUN"  # <token>-<seq>: in the environment of all that a run starts
-MARKED = f"{MARK}=".encode()
+# How often we look whether what was signalled is gone.
+END_CHECK_S = 0.05
+# It holds <token>-<seq>, the run tag, in the environment of all that a run
+# starts.
+RUN_TAG_VARIABLE = "QUEUECTL_RUN"
+RUN_TAG_PREFIX = f"{RUN_TAG_VARIABLE}=".encode()
 
-def _here() -> str:
-    try:
-        return os.getcwd()
-    except OSError:
-        return "a directory that is gone"
+# -- children
 
 def reap() -> Iterator[tuple[int, int]]:
-    """Each ended child, ours or adopted: its pid, and its exit status or -signal."""
+    """Yields each ended child, adopted or not: pid, and status or -signal."""
     with contextlib.suppress(ChildProcessError):
         while True:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -5965,19 +6034,67 @@ def reap() -> Iterator[tuple[int, int]]:
                 return
             yield pid, os.waitstatus_to_exitcode(status)
 
+# From <sys/prctl.h>.
+PR_SET_CHILD_SUBREAPER = 36
+
 def become_subreaper() -> None:
-    """Have orphans below us become our children, where the kernel can (Linux)."""
+    """Has orphans below us become our children, where the kernel can."""
     if sys.platform == "linux":
+        # Nothing else needs it, and to import it takes a while.
         import ctypes
-        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+# A job's score is so much above its worker's.
+JOB_OOM_SCORE_ADDED = 500
+OOM_SCORE_MAX = 1000
+
+class OomScore:
+    """Our oom_score_adj: how readily the kernel kills us for want of memory.
+
+    Whatever we spawn inherits it, so it is raised for that moment: then the
+    kernel kills a job, and not the worker with all its jobs. Where there is no
+    such score, nothing happens.
+    """
+    def __init__(self) -> None:
+        """Reads the score that we have."""
+        self._handle = -1
+        self._own = self._raised = b"0"
+        # Not Linux, or a /proc that is read-only.
+        with contextlib.suppress(OSError, ValueError):
+            self._handle = os.open("/proc/self/oom_score_adj", os.O_RDWR)
+            own = int(os.read(self._handle, 16))
+            raised = min(own + JOB_OOM_SCORE_ADDED, OOM_SCORE_MAX)
+            self._own = b"%d" % own
+            self._raised = b"%d" % raised
+
+    def raise_for_job(self) -> None:
+        """Sets the score that a job is to inherit."""
+        self._set(self._raised)
+
+    def restore(self) -> None:
+        """Sets the score that we had."""
+        self._set(self._own)
+
+    def _set(self, score: bytes) -> None:
+        if self._handle >= 0:
+            # Some sandboxes let nobody write it: a job runs all the same.
+            with contextlib.suppress(OSError):
+                os.pwrite(self._handle, score, 0)
+
+# -- signals
 
 @contextlib.contextmanager
 def open_pidfd(pid: int) -> Iterator[int]:
-    """A descriptor of a process, -1 where the kernel has none; ProcessLookupError."""
+    """Gives a descriptor of a process, -1 where the kernel has none.
+
+    While it is open, the descriptor stands for this one process and no other.
+    ProcessLookupError if there is no such process.
+    """
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
         raise
+    # A kernel before 5.3, a sandbox that forbids it, or not Linux.
     except (OSError, AttributeError):
         handle = -1
     try:
@@ -5987,466 +6104,827 @@ def open_pidfd(pid: int) -> Iterator[int]:
             os.close(handle)
 
 def send_signal(pid: int, number: int, handle: int = -1) -> None:
-    """Signal a process, by its descriptor if it is pinned; it may be gone already."""
+    """Signals a process, by its descriptor if there is one.
+
+    It may be gone already. Raises a Problem if it belongs to another user.
+    """
     try:
         if handle >= 0:
             signal.pidfd_send_signal(handle, number)
         else:
             os.kill(pid, number)
     except ProcessLookupError:
-        pass  # what was wanted of it has come about
+        # What was wanted of it has come about.
+        pass
     except PermissionError:
-        raise Problem(f"process {pid} belongs to another user",
-                      "try again as that user or as root") from None
+        raise Problem(
+            f"process {pid} belongs to another user",
+            "try again as that user or as root") from None
+
+def signal_group(group: int, number: int) -> None:
+    """Signals a process group.
+
+    Raises ProcessLookupError or PermissionError if it cannot. Only for a group
+    whose leader is a child of ours that was not reaped yet: until then its
+    number can belong to nobody else.
+    """
+    os.killpg(group, number)
+
+def group_exists(group: int) -> bool:
+    """Returns whether a process group has members, be they zombies."""
+    return _exists(-group)
 
 def is_alive(pid: int) -> bool:
-    """Whether a process is there; a child of ours that has ended is reaped."""
+    """Returns whether a process is there; reaps it if it is an ended child."""
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)
     return _exists(pid)
 
 def _exists(target: int) -> bool:
-    """Whether a process is there, be it a zombie; or with -PID a group."""
+    """Returns whether a process is there, or with -PID a group; zombies are."""
     try:
         os.kill(target, 0)
     except OSError as error:
+        # It is there, and another user's.
         return error.errno == errno.EPERM
     return True
 
-def _stat(pid: int) -> list[bytes]:
-    """What /proc says of a process, from its state on; OSError if it has ended."""
+# -- what /proc says
+
+class ProcessStat(NamedTuple):
+    """What /proc/PID/stat says of a living process."""
+    group: int
+    session: int
+    cpu_ticks: int  # in user and in system mode
+    started: str  # in ticks since the boot
+
+def _read_stat(pid: int) -> ProcessStat:
+    """Returns what /proc says of a process; OSError if it has ended."""
     with open(f"/proc/{pid}/stat", "rb") as file:
-        fields = file.read().rpartition(b") ")[2].split()
+        text = file.read()
+    # The second field is the program's name in parentheses, which may hold
+    # blanks and parentheses itself. So `fields` begins with the third of
+    # proc(5), the state.
+    fields = text.rpartition(b") ")[2].split()
+    # A zombie, or one that is being removed, has ended.
     if not fields or fields[0] in (b"Z", b"X"):
         raise ProcessLookupError
-    return fields
+    return ProcessStat(
+        group=int(fields[2]),
+        session=int(fields[3]),
+        cpu_ticks=int(fields[11]) + int(fields[12]),
+        started=fields[19].decode())
 
 def cpu_seconds(pid: int) -> float:
-    """What a process has used of the CPU; 0 where that cannot be seen."""
+    """Returns the CPU time of a process; 0 where that cannot be seen."""
     with contextlib.suppress(OSError):
-        return sum(map(int, _stat(pid)[11:13])) / os.sysconf("SC_CLK_TCK")
+        return _read_stat(pid).cpu_ticks / os.sysconf("SC_CLK_TCK")
     return 0.0
 
 class ProcessInfo(NamedTuple):
-    """A living process: its group, its session, and the mark that it carries."""
+    """A living process: what it belongs to."""
     group: int
     session: int
-    mark: bytes
+    # QUEUECTL_RUN=<token>-<seq> from its environment; empty if it has none.
+    tag_entry: bytes
 
 def read_process(pid: int) -> ProcessInfo | None:
-    """What /proc says of a process; None if it has ended."""
+    """Returns what /proc says of a process; None if it has ended."""
     try:
-        group, session = map(int, _stat(pid)[2:4])
-        marks: list[bytes] = []
+        stat = _read_stat(pid)
+        environment = b""
+        # It is another user's, or its program changed its user: then its
+        # session alone says what it belongs to.
         with contextlib.suppress(PermissionError), \
                 open(f"/proc/{pid}/environ", "rb") as file:
-            marks = [one for one in file.read().split(b"\0") if one.startswith(MARKED)]
-        return ProcessInfo(group, session, marks[0] if marks else b"")
+            environment = file.read()
     except OSError:
         return None
-
-class ProcessTable:
-    """Who lives: one pass over /proc, made when first asked, for all runs that are to
-    end together; a pass for each would keep many runs past their kill_grace."""
-    def __init__(self) -> None:
-        self._by_session: dict[int, set[int]] = {}
-        self._by_mark: dict[bytes, set[int]] = {}
-
-    @functools.cached_property
-    def _seen(self) -> dict[int, ProcessInfo]:
-        """Returns all living processes but ours, by pid; read when first asked."""
-        pids: list[int] = []
-        with contextlib.suppress(OSError):  # no /proc here: groups alone are ended
-            pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-        seen = {}
-        for pid in pids:
-            found = read_process(pid) if pid != os.getpid() else None
-            if found:
-                seen[pid] = found
-        for pid, one in seen.items():
-            self._by_session.setdefault(one.session, set()).add(pid)
-            self._by_mark.setdefault(one.mark, set()).add(pid)
-        return seen
-
-    def signal(self, mark: str, session: int, number: int,
-               but_group: int = 0) -> tuple[int, int]:
-        """Signal what is left of a run (0: only look): its session, what carries its
-        mark, and the sessions of that. How many were left, and one that refused (0:
-        none). A group that has had this signal already is passed over."""
-        seen, wanted = self._seen, MARKED + mark.encode()
-        marked = self._by_mark.get(wanted, set())
-        sessions = {session, *(seen[pid].session for pid in marked)}
-        sessions -= {0, os.getsid(0)}
-        there = marked.union(*(self._by_session.get(one, ()) for one in sessions))
-        left = len(there)
-        refused = 0
-        for pid in there if number else ():
-            with contextlib.suppress(ProcessLookupError), open_pidfd(pid) as handle:
-                # The number may have passed to a stranger since: look again.
-                now = read_process(pid)
-                if now and now.group != (but_group or -1) \
-                        and (now.mark == wanted or now.session in sessions):
-                    try:
-                        send_signal(pid, number, handle)
-                    except Problem:  # it belongs to another user
-                        left, refused = left - 1, pid
-        return left, refused
+    tag_entry = b""
+    for entry in environment.split(b"\0"):
+        if entry.startswith(RUN_TAG_PREFIX):
+            tag_entry = entry
+            break
+    return ProcessInfo(stat.group, stat.session, tag_entry)
 
 def has_file_open(pid: int, path: str) -> bool:
-    """Whether a process has this file open; True where that cannot be seen."""
+    """Returns whether a process has this file open; True if we may not see."""
     try:
-        wanted, handles = os.stat(path), os.listdir(f"/proc/{pid}/fd")
+        wanted = os.stat(path)
+        handles = os.listdir(f"/proc/{pid}/fd")
     except OSError:
         return True
     for name in handles:
+        # It may have closed this one since.
         with contextlib.suppress(OSError):
-            if os.path.samestat(os.stat(f"/proc/{pid}/fd/{name}"), wanted):
+            found = os.stat(f"/proc/{pid}/fd/{name}")
+            if os.path.samestat(found, wanted):
                 return True
     return False
 
-def terminate_tagged(marks: Sequence[str], grace_s: float) -> None:
-    """End what an earlier worker left running of these runs; return once it is gone."""
-    kill_at = time.monotonic() + grace_s
-    number = int(signal.SIGTERM)
-    while marks:
-        process_table = ProcessTable()
-        marks = [mark for mark in marks if process_table.signal(mark, 0, number)[0]]
-        number = signal.SIGKILL if time.monotonic() >= kill_at else 0
-        if marks:
-            time.sleep(STRAY_CHECK_S)
-
 def process_identity(pid: int) -> str:
-    """Boot, PID namespace and start time: what makes a pid one process; else empty."""
+    """Returns boot, PID namespace and start time; "" where they are not seen.
+
+    With them a pid stands for one process: alone, it is given out again.
+    """
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read().strip()
-        space, started = os.readlink("/proc/self/ns/pid"), _stat(pid)[19].decode()
+        namespace = os.readlink("/proc/self/ns/pid")
+        started = _read_stat(pid).started
     except OSError:
         return ""
-    return f"{boot}/{space}/{started}"
+    return f"{boot}/{namespace}/{started}"
 
 def is_gone(pid: int, identity: str) -> bool:
-    """Whether a process of this boot and this PID namespace no longer runs; False for
-    any other, which cannot be judged from here."""
-    here, now = process_identity(os.getpid()), process_identity(pid)
-    same_place = here and here.rsplit("/", 1)[0] == identity.rsplit("/", 1)[0]
-    return bool(same_place) and now != identity
+    """Returns whether a process of this boot and this PID namespace has ended.
 
-def signal_group(group: int, number: int) -> None:
-    """Signals a process group; ProcessLookupError or PermissionError if it cannot."""
-    os.killpg(group, number)
-
-def open_oom_score() -> int:
-    """Returns a descriptor by which this process sets its own oom_score_adj.
-
-    What it then spawns inherits the score. OSError where there is no such thing.
+    False for any other process: what became of it cannot be seen from here.
     """
-    return os.open("/proc/self/oom_score_adj", os.O_RDWR)
+    own = process_identity(os.getpid())
+    own_place, _, _ = own.rpartition("/")
+    place, _, _ = identity.rpartition("/")
+    if not own or place != own_place:
+        return False
+    return process_identity(pid) != identity
+
+# -- ending what belongs to a run
+
+class Remains(NamedTuple):
+    """What was left of a run."""
+    left: int  # so many processes, less those that refused
+    # One that refused the signal, since it is another user's; 0: none did.
+    refused: int
+
+class ProcessTable:
+    """Who lives, as one pass over /proc has found it.
+
+    The pass is made when first asked for. All runs that are to end together
+    share one: with a pass for each, many would live past their kill_grace.
+    """
+    @functools.cached_property
+    def _processes(self) -> dict[int, ProcessInfo]:
+        """All living processes but our own, by pid."""
+        names: list[str] = []
+        # No /proc here: then the groups alone are ended.
+        with contextlib.suppress(OSError):
+            names = os.listdir("/proc")
+        pids = {int(name) for name in names if name.isdigit()}
+        processes = {}
+        for pid in pids - {os.getpid()}:
+            info = read_process(pid)
+            if info:
+                processes[pid] = info
+        return processes
+
+    @functools.cached_property
+    def _by_session(self) -> dict[int, set[int]]:
+        """The pids of each session."""
+        sessions: dict[int, set[int]] = {}
+        for pid, info in self._processes.items():
+            sessions.setdefault(info.session, set()).add(pid)
+        return sessions
+
+    @functools.cached_property
+    def _by_tag(self) -> dict[bytes, set[int]]:
+        """The pids of those that carry the same run tag."""
+        tagged: dict[bytes, set[int]] = {}
+        for pid, info in self._processes.items():
+            tagged.setdefault(info.tag_entry, set()).add(pid)
+        return tagged
+
+    def signal(self, run_tag: str, session: int, number: int,
+               but_group: int = 0) -> Remains:
+        """Signals what is left of a run, or with `number` 0 only looks.
+
+        To the run belong its session, what carries its tag, and the sessions
+        of that. A group that has had this signal already is passed over.
+        """
+        tag_entry = RUN_TAG_PREFIX + run_tag.encode()
+        tagged = self._by_tag.get(tag_entry, set())
+        sessions = {self._processes[pid].session for pid in tagged}
+        sessions.add(session)
+        # 0 is no session that we could know: the kernel's threads have it. And
+        # ours is the worker's, even where a worker is itself part of a job.
+        sessions -= {0, os.getsid(0)}
+
+        def to_signal(info: ProcessInfo) -> bool:
+            """Whether a process is of the run, and was not signalled yet."""
+            if but_group and info.group == but_group:
+                return False
+            return info.tag_entry == tag_entry or info.session in sessions
+
+        pids = set(tagged)
+        for one in sessions:
+            pids |= self._by_session.get(one, set())
+        left = len(pids)
+        refused = 0
+        if number:
+            for pid in pids:
+                if not _signal_if(pid, number, to_signal):
+                    left -= 1
+                    refused = pid
+        return Remains(left, refused)
+
+def _signal_if(pid: int, number: int,
+               to_signal: Callable[[ProcessInfo], bool]) -> bool:
+    """Signals a process if it is one `to_signal`; False if it refused."""
+    with contextlib.suppress(ProcessLookupError), open_pidfd(pid) as handle:
+        # The number may have passed to a stranger since the table was made.
+        # From here on the descriptor stands for whom we look at now.
+        info = read_process(pid)
+        if info and to_signal(info):
+            try:
+                send_signal(pid, number, handle)
+            except Problem:
+                return False
+    return True
+
+def terminate_tagged(run_tags: Sequence[str], grace_s: float) -> None:
+    """Ends what an earlier worker left of these runs; returns once it is gone.
+
+    It gets TERM, and `grace_s` seconds later KILL.
+    """
+    kill_at = time.monotonic() + grace_s
+    left = list(run_tags)
+    number = int(signal.SIGTERM)
+    while left:
+        process_table = ProcessTable()
+        # They are no children of ours whose session we knew: 0.
+        remains = {run_tag: process_table.signal(run_tag, 0, number)
+                   for run_tag in left}
+        left = [run_tag for run_tag in left if remains[run_tag].left]
+        # TERM is sent once, since twice means "now" to many programs; KILL is
+        # sent until nothing is left, since who lives may fork.
+        number = 0
+        if time.monotonic() >= kill_at:
+            number = int(signal.SIGKILL)
+        if left:
+            time.sleep(END_CHECK_S)
 
 
 # ---- runs --------------------------------------------------------------------
 #
-# One shell command: its output, its time limit, its end. There is one way to end a run,
-# whatever the cause: TERM to its group, kill_grace, KILL, until nothing of it is left.
+# One shell command: its output, its time limit, its end. There is one way to
+# end a run, whatever the cause: TERM to all that belongs to it, kill_grace,
+# KILL, until nothing of it is left. Nothing here waits or sleeps: the worker's
+# loop calls when a pipe is readable, a child has ended, or a deadline is over.
 
+# -- output
+
+# As much as a pipe holds by default.
 READ_BYTES = 65536
-FIRST_FLUSH_S, NEXT_FLUSH_S = 0.05, 1.0
+# After what a run writes first, output is flushed soon: many say at once what
+# is wrong with them. Then it is flushed at intervals that the database can
+# bear from many runs.
+FIRST_FLUSH_S = 0.05
+NEXT_FLUSH_S = 1.0
+# While a run goes on, its row has the last part of its output at so many times
+# the limit.
 FOLLOWED_LIMITS = 4
-OOM_SCORE_ADJ = 500
-
+# How many reads empty a pipe: the largest that an ordinary user can make holds
+# 1 MiB, and this is twice as much.
+LAST_READS = 32
 
 class OutputBuffer:
-    """The first and the last part of a stream, within `limit` bytes, the cut marked.
+    """The first and the last bytes of a stream, `limit` in all, the cut marked.
 
-    While it goes on, FOLLOWED_LIMITS times that is there for those who follow it: they
-    lose nothing even if they miss a flush.
+    While it goes on, FOLLOWED_LIMITS times that is there for those who follow
+    it: they lose nothing even if they miss a flush.
     """
-
     def __init__(self, limit: int) -> None:
-        self._limit, self._head_max = limit, limit // 2
-        self._head, self._tail = bytearray(), bytearray()
-        self.total = 0
+        self.total = 0  # bytes, kept or not
+        self._limit = limit
+        self._head_max = limit // 2
+        self._head = bytearray()
+        self._tail = bytearray()
+
+    @property
+    def _followed_max(self) -> int:
+        """How many bytes of the last part are there for those who follow."""
+        return FOLLOWED_LIMITS * self._limit
 
     def add(self, data: bytes) -> None:
-        """Takes what a run has written; of a long stream the middle is let go."""
+        """Takes the next bytes of the stream."""
         self.total += len(data)
         room = self._head_max - len(self._head)
         self._head += data[:room]
         self._tail += data[room:]
-        most = FOLLOWED_LIMITS * self._limit
+        # What is too old is deleted now and then, not with each read: that
+        # would move the rest each time.
+        most = self._followed_max
         if len(self._tail) > most + 2 * READ_BYTES:
-            del self._tail[: -most - 1]
+            # One byte more than is needed: with a limit of 0, [:-0] would
+            # delete nothing.
+            del self._tail[:-most - 1]
+
+    # Let the limit be 200, and 1000 bytes be written, so that the cut mark has
+    # 55: the head is bytes 0 to 99.
+    #
+    #     kept()      0..99, mark, 955..999   in all 200
+    #     kept(True)  0..99, mark, 255..999   the mark and 745 are 4 * 200
+    #
+    # The mark counts as part of the tail. Let the limit be 10, and 30 bytes be
+    # written: the head is bytes 0 to 4, and the mark has more bytes than the 5
+    # that a tail may have.
+    #
+    #     kept()      0..4, mark              the mark is never cut
+    #     kept(True)  0..29                   no more than 5 + 4 * 10: no cut
 
     def kept(self, to_follow: bool = False) -> bytes:
-        """Returns what is kept of the stream; more of it while it is followed."""
+        """Returns what is kept: all, or head, cut mark and tail.
+
+        With `to_follow` it is what those need who follow a run that goes on.
+        """
         tail_max = self._limit - self._head_max
         if to_follow:
-            tail_max = FOLLOWED_LIMITS * self._limit
+            tail_max = self._followed_max
         if self.total <= self._head_max + tail_max:
             return bytes(self._head + self._tail)
         mark = cut_mark(self.total)
         room = tail_max - len(mark)
-        return bytes(self._head + mark + (self._tail[-room:] if room > 0 else b""))
+        # Without the test, [-0:] would be all of it.
+        tail = self._tail[-room:] if room > 0 else b""
+        return bytes(self._head + mark + tail)
 
+class OutputPipe:
+    """Our end of a run's pipe, what came of it, and what of that was flushed.
 
-class JobSpawner:
-    """What every run of this process starts from: environment, directory, score."""
-
-    def __init__(self, variables: Mapping[bytes, bytes]) -> None:
-        """Opens what every spawn needs, and has jobs inherit nothing else of ours."""
-        self._environment = {
-            name: value
-            for name, value in variables.items()
-            if not PRIVATE_VARIABLE.fullmatch(os.fsdecode(name))
-        }
-        self._null = os.open(os.devnull, os.O_RDONLY)
-        self._home = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))
-        self._score, self._scores = -1, (b"0", b"0")
-        with contextlib.suppress(OSError, ValueError):  # not Linux
-            self._score = open_oom_score()
-            own = int(os.read(self._score, 16))
-            self._scores = b"%d" % own, b"%d" % min(own + OOM_SCORE_ADJ, 1000)
-        names = os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else range(3, 64)
-        for name in names:  # jobs inherit none of what we were given
-            with contextlib.suppress(OSError):
-                os.set_inheritable(int(name), int(name) < 3)
-
-    def spawn(
-        self, command: bytes, cwd: bytes, output: int, variables: Mapping[bytes, bytes]
-    ) -> int:
-        """The pid of a shell that runs `command` in a session of its own.
-
-        It inherits directory and score from us, who have them just for that moment:
-        so posix_spawn can do it, which in Python 3.9 is twice as fast as Popen.
-        """
-        os.chdir(os.fsdecode(cwd) if cwd else self._home)
-        try:
-            self._rate(1)
-            return os.posix_spawn(
-                "/bin/sh",
-                [b"/bin/sh", b"-c", command],
-                {**self._environment, **variables},
-                file_actions=[
-                    (os.POSIX_SPAWN_DUP2, self._null, 0),
-                    (os.POSIX_SPAWN_DUP2, output, 1),
-                    (os.POSIX_SPAWN_DUP2, output, 2),
-                ],
-                # Python ignores SIGXFSZ; what has a handler is reset by itself.
-                setsid=True,
-                setsigmask=(),
-                setsigdef=(signal.SIGXFSZ,),
-            )
-        finally:
-            self._rate(0)
-            with contextlib.suppress(OSError):  # the next spawn would tell
-                os.chdir(self._home)
-
-    def _rate(self, which: int) -> None:
-        if self._score >= 0:
-            with contextlib.suppress(OSError):
-                os.pwrite(self._score, self._scores[which], 0)
-
-
-class RunningJob:
-    """One run: the shell, its pipe, its time limit, and its end."""
-
-    def __init__(
-        self, job: ClaimedJob, settings: Settings, spawner: JobSpawner
-    ) -> None:
-        """Starts the run; where that fails it is gone, and `failure` says why."""
-        self.job, self.settings = job, settings
-        self.key = (job.claim.seq, job.claim.token)
-        self.run_tag = f"{job.claim.token}-{job.claim.seq}"
-        self.output = OutputBuffer(settings.output_limit)
-        self.cause: Reason | None = None  # why we end it; None: it ends by itself
-        self.status: int | None = None  # as `reap` gave it
-        self.ending = self.gone = False  # TERM was sent; and nothing of it is left
-        self.survivor = 0  # a process that refused our signal
+    `handle` is -1 while it is closed. `flush_at` says when there is something
+    to flush; infinite: nothing new has come.
+    """
+    def __init__(self, limit: int) -> None:
+        """Keeps `limit` bytes of what comes; `open` makes the pipe."""
+        self.handle = -1
+        self.buffer = OutputBuffer(limit)
         self.flush_at = math.inf
         self._flushed_bytes = 0
-        self.failure = ""  # why it did not start
-        self._took: float | None = None  # seconds until the shell ended
-        self.pid, self._started = 0, time.monotonic()
-        self.check_at = self._started + job.timeout_s if job.timeout_s else math.inf
-        self._kill_at = self._shown_at = math.inf
-        self.pipe = write_end = -1
-        try:
-            self.pipe, write_end = os.pipe()
-            os.set_blocking(self.pipe, False)
-            self.pid = self._spawn(write_end, spawner)
-        except (OSError, ValueError) as error:
-            self.failure, self.gone = f"{error}, on {socket.gethostname()}", True
-            if isinstance(error, OSError) and error.errno in HOST_IS_SHORT:
-                self.cause = Reason.HANDED_BACK  # not the job's fault
-        finally:
-            if write_end >= 0:
-                os.close(write_end)
 
-    def _spawn(self, write_end: int, spawner: JobSpawner) -> int:
-        """Starts the shell, with the variables that tell the job of itself."""
-        held, cwd, own = self.job.claim, self.job.cwd, self.job.env
-        added = {
-            "QUEUECTL_JOB_ID": held.id,
-            "QUEUECTL_ATTEMPT": str(held.attempts),
-            "QUEUECTL_MAX_ATTEMPTS": str(held.max_attempts),
-            "QUEUECTL_QUEUE": self.job.queue,
-            **(json.loads(_read_env(own)) if own else {}),
-            MARK: self.run_tag,
-        }
-        return spawner.spawn(
-            self.job.command.encode(),
-            cwd.encode() if cwd else b"",
-            write_end,
-            {name.encode(): text.encode() for name, text in added.items()},
-        )
+    @property
+    def unflushed_bytes(self) -> int:
+        """How many bytes have come since the last flush."""
+        return self.buffer.total - self._flushed_bytes
+
+    def open(self) -> int:
+        """Makes the pipe; returns the end that a run writes to; OSError."""
+        self.handle, write_end = os.pipe()
+        os.set_blocking(self.handle, False)
+        return write_end
 
     def read(self) -> bool:
-        """Take some of what the pipe holds; False at its end."""
+        """Takes some of what the pipe holds; returns False at its end."""
         try:
-            data = os.read(self.pipe, READ_BYTES)
+            data = os.read(self.handle, READ_BYTES)
         except BlockingIOError:
             return True
         if not data:
             return False
         if math.isinf(self.flush_at):
-            pause = NEXT_FLUSH_S if self.output.total else FIRST_FLUSH_S
-            self.flush_at = time.monotonic() + pause
-        self.output.add(data)
+            pause_s = NEXT_FLUSH_S if self.buffer.total else FIRST_FLUSH_S
+            self.flush_at = time.monotonic() + pause_s
+        self.buffer.add(data)
         return True
 
-    def close_pipe(self) -> None:
-        """Reads what is left in the pipe, and closes it."""
-        # What was written before the end is in the pipe: at most its capacity.
-        for _ in range(32):
-            before = self.output.total
-            if not self.read() or self.output.total == before:
+    def close(self) -> None:
+        """Takes what is still in the pipe, and closes it."""
+        # What was written before the shell's end is in there: at most the
+        # pipe's capacity. There is a bound because what it left running may
+        # hold the pipe open, and write for ever.
+        for _ in range(LAST_READS):
+            before = self.buffer.total
+            if not self.read() or self.buffer.total == before:
                 break
-        os.close(self.pipe)
-        self.pipe = -1
+        os.close(self.handle)
+        self.handle = -1
 
-    def flush(self) -> Ended | None:
-        """The output so far, if there is some that was not flushed."""
+    def flush(self) -> bool:
+        """Counts all that came as flushed; returns whether any was new."""
         self.flush_at = math.inf
-        if self.output.total == self._flushed_bytes:
-            return None
-        self._flushed_bytes = self.output.total
-        return self.job.claim, RunOutcome(
-            None, output=self.output.kept(True), output_bytes=self.output.total
-        )
+        if not self.unflushed_bytes:
+            return False
+        self._flushed_bytes = self.buffer.total
+        return True
 
     def put_off_flush(self) -> None:
-        """What was to be flushed last was not: have it flushed again."""
-        self._flushed_bytes, self.flush_at = 0, time.monotonic() + NEXT_FLUSH_S
+        """Has it flushed again: what was flushed last has not arrived."""
+        self._flushed_bytes = 0
+        self.flush_at = time.monotonic() + NEXT_FLUSH_S
+
+# -- starting
+
+class JobSpawner:
+    """What each run starts from: environment, directory, score."""
+    def __init__(self, variables: Mapping[bytes, bytes]) -> None:
+        """Takes our environment, of which jobs inherit what is not private."""
+        self._environment = {}
+        for name, value in variables.items():
+            if not PRIVATE_VARIABLE.fullmatch(os.fsdecode(name)):
+                self._environment[name] = value
+        self._null = os.open(os.devnull, os.O_RDONLY)
+        # O_PATH, where there is one, also opens a directory that we may only
+        # pass through.
+        flags = getattr(os, "O_PATH", os.O_RDONLY)
+        self._home = os.open(".", flags)
+        self._oom_score = OomScore()
+        _keep_descriptors_from_jobs()
+
+    def spawn(self, command: bytes, cwd: bytes, output: int,
+              variables: Mapping[bytes, bytes]) -> int:
+        """Starts a shell for `command` in its own session; returns its pid.
+
+        Raises OSError or ValueError if it cannot. The shell inherits directory
+        and score from us, who have them just for that moment: so posix_spawn
+        can do it, which in Python 3.9 is twice as fast as Popen.
+        """
+        # If this fails, we are where we were, and nothing is to be undone.
+        os.chdir(os.fsdecode(cwd) if cwd else self._home)
+        try:
+            self._oom_score.raise_for_job()
+            return os.posix_spawn(
+                "/bin/sh",
+                [b"/bin/sh", b"-c", command],
+                {**self._environment, **variables},
+                file_actions=[(os.POSIX_SPAWN_DUP2, self._null, 0),
+                              (os.POSIX_SPAWN_DUP2, output, 1),
+                              (os.POSIX_SPAWN_DUP2, output, 2)],
+                setsid=True,
+                setsigmask=(),
+                # Python ignores SIGXFSZ, and what is ignored is inherited;
+                # what has a handler is reset by itself.
+                setsigdef=(signal.SIGXFSZ,))
+        finally:
+            self._oom_score.restore()
+            # Were this to fail, the next spawn would tell.
+            with contextlib.suppress(OSError):
+                os.chdir(self._home)
+
+def _keep_descriptors_from_jobs() -> None:
+    """Has jobs inherit nothing of what we were given, but the first three."""
+    handles: Iterable[str | int] = range(3, 64)
+    if os.path.isdir("/dev/fd"):
+        handles = os.listdir("/dev/fd")
+    for name in handles:
+        handle = int(name)
+        # It is closed by now if the listing itself had it open.
+        with contextlib.suppress(OSError):
+            os.set_inheritable(handle, handle < 3)
+
+# What a start fails with where it is not the job's fault: the host lacks
+# descriptors, processes or memory.
+HOST_IS_SHORT = (
+    errno.EMFILE,  # this process has no descriptor left
+    errno.ENFILE,  # nor has the whole host
+    errno.EAGAIN,  # no more processes for this user
+    errno.ENOMEM,
+)
+
+# -- a run
+
+class Phase(enum.Enum):
+    """How far a run is from its end.
+
+             started        TERM sent            kill_grace over
+        O ----------> RUNNING -----> TERMINATING -----> KILLED
+        |                |                |               |
+        | not            | the shell      | nothing       | nothing of it is
+        | started        | ended, and     | of it is      | left, or it refuses
+        |                | well or alone  | left          | the signal
+        v                v                v               v
+        +----------------+----> GONE <----+---------------+
+    """
+    RUNNING = enum.auto()
+    TERMINATING = enum.auto()  # it was told to end, or what its shell left was
+    KILLED = enum.auto()       # KILL is sent as long as something is left
+    GONE = enum.auto()         # its outcome can be asked for
+
+@dataclass
+class RunTimes:
+    """When a run began and ended, and its deadlines.
+
+    All are seconds of the monotonic clock; an infinite one is never reached.
+    """
+    started: float
+    # When its time limit is over; while it ends, when to look at it next.
+    check_at: float
+    # When its kill_grace is over; infinite until it is told to end.
+    kill_at: float = math.inf
+    # When those who follow it have read what they must; infinite until the
+    # run is gone, and has been asked whether it may be settled.
+    settle_at: float = math.inf
+    # When its shell ended, as far as that was seen.
+    shell_ended: float | None = None
+
+def _run_variables(job: ClaimedJob, run_tag: str) -> dict[bytes, bytes]:
+    """Returns what a run has in its environment besides what all runs have.
+
+    Raises ValueError if the job's own variables are no object of strings, as
+    somebody's INSERT may have them.
+    """
+    claim = job.claim
+    variables = {
+        "QUEUECTL_JOB_ID": claim.id,
+        "QUEUECTL_ATTEMPT": str(claim.attempts),
+        "QUEUECTL_MAX_ATTEMPTS": str(claim.max_attempts),
+        "QUEUECTL_QUEUE": job.queue,
+    }
+    if job.env:
+        own = json.loads(_read_env(job.env))
+        variables.update(own)
+    # The last word, since the run is found and ended by it.
+    variables[RUN_TAG_VARIABLE] = run_tag
+    encoded = {}
+    for name, text in variables.items():
+        encoded[name.encode()] = text.encode()
+    return encoded
+
+class RunningJob:
+    """One run of a job: its shell, its pipe, its time limit, and its end.
+
+    `cause` says why we end it, None if it ends by itself. `status` is what
+    `reap` gave for the shell, None until then. `failure` says why it did not
+    start. `survivor` is the pid of a process that refused our signal.
+    """
+    def __init__(self, job: ClaimedJob, settings: Settings,
+                 spawner: JobSpawner) -> None:
+        """Starts the run; if that fails, it is gone at once."""
+        now = time.monotonic()
+        limit_at = now + job.timeout_s if job.timeout_s else math.inf
+        claim = job.claim
+        self.job = job
+        self.settings = settings
+        # What names the run: in a turn, and in its processes' environment.
+        self.key = (claim.seq, claim.token)
+        self.run_tag = f"{claim.token}-{claim.seq}"
+        self.cause: Reason | None = None
+        self.status: int | None = None
+        self.failure = ""
+        self.survivor = 0
+        self.phase = Phase.RUNNING
+        self.pid = 0
+        self._times = RunTimes(started=now, check_at=limit_at)
+        self._output = OutputPipe(settings.output_limit)
+        self._start(spawner)
+
+    # -- what the loop waits for
+
+    @property
+    def gone(self) -> bool:
+        """Whether nothing of it is left, as far as we can tell."""
+        return self.phase is Phase.GONE
+
+    @property
+    def pipe(self) -> int:
+        """Our end of its pipe, -1 once that is closed."""
+        return self._output.handle
+
+    @property
+    def check_at(self) -> float:
+        """When to call `tick`."""
+        return self._times.check_at
+
+    @property
+    def flush_at(self) -> float:
+        """When to call `flush`."""
+        return self._output.flush_at
+
+    def _start(self, spawner: JobSpawner) -> None:
+        """Makes the pipe and starts the shell, or notes why that failed."""
+        write_end = -1
+        try:
+            write_end = self._output.open()
+            variables = _run_variables(self.job, self.run_tag)
+            command = self.job.command.encode()
+            cwd = (self.job.cwd or "").encode()
+            self.pid = spawner.spawn(command, cwd, write_end, variables)
+        except (OSError, ValueError) as error:
+            self.failure = f"{error}, on {socket.gethostname()}"
+            self.phase = Phase.GONE
+            if isinstance(error, OSError) and error.errno in HOST_IS_SHORT:
+                self.cause = Reason.HANDED_BACK
+        finally:
+            # The pipe ends once nobody has this end, so we must not keep it.
+            if write_end >= 0:
+                os.close(write_end)
+
+    # -- output
+
+    def read(self) -> bool:
+        """Takes some of what the pipe holds; returns False at its end."""
+        return self._output.read()
+
+    def close_pipe(self) -> None:
+        """Takes what is still in the pipe, and closes it."""
+        self._output.close()
+
+    def flush(self) -> Ended | None:
+        """Returns the output so far, if there is some that was not flushed."""
+        if not self._output.flush():
+            return None
+        buffer = self._output.buffer
+        so_far = RunOutcome(
+            None,
+            output=buffer.kept(to_follow=True),
+            output_bytes=buffer.total)
+        return self.job.claim, so_far
+
+    def put_off_flush(self) -> None:
+        """Has the output flushed again: the last flush has not arrived."""
+        self._output.put_off_flush()
 
     def may_settle(self, now: float) -> bool:
-        """Whether who follows a run had time to read what its final cut leaves out."""
-        if math.isinf(self._shown_at):
-            unseen_bytes = self.output.total - self._flushed_bytes
-            limit = self.settings.output_limit
-            cut = self.output.total > limit and unseen_bytes > limit // 4
-            self._shown_at = now + FOLLOWED_S * cut
-            if cut:
-                self.flush_at, self.check_at = now, self._shown_at
-        return now >= self._shown_at
+        """Returns whether who follows could read what the final cut drops.
 
-    def terminate(self, cause: Reason | None, process_table: ProcessTable) -> None:
-        """Begin to end the run: TERM to its group. The first cause stands, and the end
-        of a shell that ended by itself."""
+        A run that is gone is asked until it may. If much has come since the
+        last flush, and the cut would drop some of it, that is flushed at once,
+        and settled after FOLLOWED_S.
+        """
+        times = self._times
+        if math.isinf(times.settle_at):
+            limit = self.settings.output_limit
+            is_cut = self._output.buffer.total > limit
+            # The tail that is kept has nearly half the limit: a quarter of it
+            # is read there by those who follow.
+            if is_cut and self._output.unflushed_bytes > limit // 4:
+                self._output.flush_at = now
+                times.settle_at = now + FOLLOWED_S
+                times.check_at = times.settle_at
+            else:
+                times.settle_at = now
+        return now >= times.settle_at
+
+    # -- ending
+
+    def terminate(self, cause: Reason | None,
+                  process_table: ProcessTable) -> None:
+        """Begins to end the run, by TERM to all that belongs to it.
+
+        The first cause stands, and so does the end of a shell that ended by
+        itself. LOST alone may still become the cause of a run that ends
+        without one: it says that nothing of the run is ours to settle.
+        """
         if self.gone:
             return
-        if not self.ending or cause is Reason.LOST:
+        running = self.phase is Phase.RUNNING
+        if running or cause is Reason.LOST:
             self.cause = self.cause or cause
-        if self.ending:
-            return
-        self.ending, now = True, time.monotonic()
-        self._kill_at = now + self.settings.kill_grace
-        self.check_at = now + STRAY_CHECK_S
-        told = 0
+        if running:
+            self._send_term(process_table)
+
+    def _send_term(self, process_table: ProcessTable) -> None:
+        """Sends TERM once, and sets the deadline of KILL."""
+        now = time.monotonic()
+        self.phase = Phase.TERMINATING
+        self._times.kill_at = now + self.settings.kill_grace
+        self._times.check_at = now + END_CHECK_S
+        signalled = 0
         if self.status is None:
-            # Not reaped yet, so the group's number cannot belong to anybody else.
+            # Not reaped yet, so the group's number cannot belong to anybody
+            # else. Permission lacks where the shell has become another user's
+            # program, say by exec sudo.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 signal_group(self.pid, signal.SIGTERM)
-                told = self.pid  # twice means "now" to many programs
-        process_table.signal(self.run_tag, self.pid, signal.SIGTERM, told)
+                # Passed over below: TERM twice means "now" to many programs.
+                signalled = self.pid
+        process_table.signal(self.run_tag, self.pid, signal.SIGTERM, signalled)
 
     def shorten_grace(self, now: float) -> None:
-        """KILL after kill_grace from now, however long it was to take."""
-        self._kill_at = min(self._kill_at, now + self.settings.kill_grace)
-        self.check_at = min(self.check_at, self._kill_at)
+        """Has KILL sent kill_grace from now, if not before."""
+        times = self._times
+        kill_at = now + self.settings.kill_grace
+        times.kill_at = min(times.kill_at, kill_at)
+        times.check_at = min(times.check_at, times.kill_at)
 
     def reaped(self, status: int, process_table: ProcessTable) -> None:
-        """The shell ended: the run too, unless others of its group must go first."""
-        self.status, self._took = status, time.monotonic() - self._started
-        if self.ending:
-            self.check_at = 0.0
-        elif status and _exists(-self.pid):
+        """Takes the shell's end: the run's too, unless others must go first.
+
+        What a shell leaves running that ended well is a daemon, and lives on.
+        What one leaves that failed is ended before the job may run again.
+        """
+        self.status = status
+        self._times.shell_ended = time.monotonic()
+        if self.phase is not Phase.RUNNING:
+            # The next tick looks whether anything is left.
+            self._times.check_at = 0.0
+        elif status and group_exists(self.pid):
             self.terminate(None, process_table)
         else:
-            self.gone = True
+            self.phase = Phase.GONE
 
     def tick(self, now: float, process_table: ProcessTable) -> None:
-        """Act on the time limit, or bring the end a step further."""
-        if self.gone or now < self.check_at:
+        """Acts on the time limit, or brings the end a step further."""
+        times = self._times
+        if self.gone or now < times.check_at:
             return
-        if not self.ending:
+        if self.phase is Phase.RUNNING:
             self.terminate(Reason.TIMEOUT, process_table)
             return
-        number = signal.SIGKILL if now >= self._kill_at else 0
+        if now >= times.kill_at:
+            self.phase = Phase.KILLED
+        if self.phase is Phase.KILLED:
+            self._kill(process_table)
+        elif self.status is None:
+            # The shell lives, and its end will wake us: before that there is
+            # nothing to see.
+            times.check_at = times.kill_at
+            return
+        else:
+            self._look(process_table, 0)
+        times.check_at = now + END_CHECK_S
+
+    def _kill(self, process_table: ProcessTable) -> None:
+        """Sends KILL to all that is left, the shell's group first."""
         if self.status is None:
-            if not number:
-                self.check_at = self._kill_at
-                return
             try:
-                signal_group(self.pid, number)
+                signal_group(self.pid, signal.SIGKILL)
             except PermissionError:
-                self.survivor, self.gone = self.pid, True
-        left, refused = process_table.signal(self.run_tag, self.pid, number)
-        self.survivor = self.survivor or refused
-        self.gone = self.gone or (self.status is not None and not left)
-        self.check_at = now + STRAY_CHECK_S
+                # Its shell became another user's program, which we cannot end
+                # and so do not wait for.
+                self.survivor = self.pid
+                self.phase = Phase.GONE
+        self._look(process_table, signal.SIGKILL)
+
+    def _look(self, process_table: ProcessTable, number: int) -> None:
+        """Signals what is left, or with 0 looks; if nothing is, it is gone."""
+        remains = process_table.signal(self.run_tag, self.pid, number)
+        self.survivor = self.survivor or remains.refused
+        if self.status is not None and not remains.left:
+            self.phase = Phase.GONE
+
+    # -- how it ended
 
     def outcome(self) -> RunOutcome:
-        """How the run ended; asked once it is gone."""
-        reason, code, detail = self._reason_and_code()
+        """Returns how the run ended; asked once it is gone."""
+        reason, exit_code, detail = self._reason_and_code()
         if self.survivor:
-            detail += f"; process {self.survivor} refused the signal and goes on"
-        took = time.monotonic() - self._started if self._took is None else self._took
+            refusal = f"process {self.survivor} refused the signal and goes on"
+            detail = f"{detail}; {refusal}" if detail else refusal
+        ended = self._times.shell_ended
+        if ended is None:
+            ended = time.monotonic()
+        buffer = self._output.buffer
         return RunOutcome(
             reason,
-            code,
-            detail.lstrip("; "),
-            took,
-            self.output.kept(),
-            self.output.total,
-        )
+            exit_code,
+            detail,
+            duration_s=ended - self._times.started,
+            output=buffer.kept(),
+            output_bytes=buffer.total)
 
     def _reason_and_code(self) -> tuple[Reason, int | None, str]:
-        """Returns why the run ended, its exit status, and what else is to be said."""
-        status, job = self.status, self.job
+        """Returns why it ended, its exit code if any, and a detail or ""."""
         if self.failure:
             return self.cause or Reason.SPAWN, None, self.failure
         if self.cause is Reason.TIMEOUT:
-            limit = f"{say_duration(job.timeout_s)} ({job.timeout_name})"
-            if "setting" in job.timeout_name:
-                limit += "; give it more: --timeout 10m, or config set job_timeout 10m"
-            return Reason.TIMEOUT, TIMED_OUT, f"timed out after {limit}"
-        code = 128 - status if status and status < 0 else status
+            # Whatever the shell made of our signal, the code is that of
+            # timeout(1).
+            return Reason.TIMEOUT, TIMED_OUT, _timeout_detail(self.job)
+        status = self.status
+        code = status
+        if status is not None and status < 0:
+            # As a shell says it.
+            code = 128 - status
         if self.cause:
             return self.cause, code, ""
         if status is None:
             return Reason.LOST, None, "its end was not seen"
         if status < 0:
-            names = {one.value: one.name for one in signal.Signals}
-            name = names.get(-status, f"signal {-status}")
-            return Reason.SIGNAL, code, f"ended by {name}"
-        detail = ""
+            return Reason.SIGNAL, code, f"ended by {_signal_name(-status)}"
+        # The shell found no such command, or could not execute it.
         if code in (126, 127):
-            place = f"{excerpt(job.cwd or _here(), 200)} on {socket.gethostname()}"
-            detail = (
-                f"in {place}, PATH={os.environ.get('PATH', '')}; name it by its "
-                "path, or give the job an env with that PATH"
-            )
-        return Reason.EXIT, code, detail
+            return Reason.EXIT, code, _not_found_detail(self.job)
+        return Reason.EXIT, code, ""
+
+def _timeout_detail(job: ClaimedJob) -> str:
+    """Returns which time limit was met, and how to give a longer one."""
+    limit = say_duration(job.timeout_s)
+    detail = f"timed out after {limit} ({job.timeout_name})"
+    # Nobody has set this limit for the job itself.
+    if "setting" in job.timeout_name:
+        detail += ("; give it more: --timeout 10m, "
+                   "or config set job_timeout 10m")
+    return detail
+
+def _signal_name(number: int) -> str:
+    """Returns the name of a signal; most of the real-time ones have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+def _not_found_detail(job: ClaimedJob) -> str:
+    """Returns where a command was looked for in vain, and what helps."""
+    folder = excerpt(job.cwd or _own_folder(), 200)
+    host = socket.gethostname()
+    search_path = os.environ.get("PATH", "")
+    return (f"in {folder} on {host}, PATH={search_path}; name it by its path, "
+            "or give the job an env with that PATH")
+
+def _own_folder() -> str:
+    """Returns the worker's directory, in which a job runs that names none."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return "a directory that is gone"
 
 
 # ---- worker ------------------------------------------------------------------
