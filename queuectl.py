@@ -9333,7 +9333,9 @@ def _yes_or_blank(value: Json) -> Json:
 
 # ---- explain -----------------------------------------------------------------
 #
-# Why a job is where it is: one sentence, with the numbers.
+# Why a job is where it is: one sentence, with the numbers, that names what it
+# waits for and the command that helps. It only reads, and what it says may have
+# changed by the time that it is read.
 
 TIMES_WORDS = ("never", "once", "twice", "three times", "four times", "five times")
 

@@ -1087,9 +1087,14 @@ class SettingsTest(unittest.TestCase):
         ):
             self.assertEqual(queuectl.say_duration(seconds), text)
 
-    def test_every_default_is_a_value_of_its_kind(self) -> None:
-        for key, field in queuectl.SETTINGS.items():
-            field.metadata["kind"].read(field.metadata["default"], key)
+    def test_every_default_is_what_config_list_would_take_back(self) -> None:
+        plain = queuectl.load_settings(self.environment({}), {})
+        defaults = {key: text for key, (_, text) in plain.origins.items()}
+        self.assertEqual(plain.settings, queuectl.Settings())
+        self.assertEqual(set(defaults), set(queuectl.SETTINGS))
+        again = queuectl.load_settings(self.environment({}), defaults)
+        self.assertEqual(again.settings, plain.settings)
+        self.assertEqual(again.complaints, [])
 
     def test_values_out_of_bounds_are_refused_with_what_is_expected(self) -> None:
         for key, text in (
@@ -2694,6 +2699,17 @@ class LostCommits(WorkCase):
                         self.sql(f"DELETE FROM {table}")
                     getattr(self, f"lose_{caller}")(fault)
                     self.assertEqual(self.proxy.faults, [], "no COMMIT was lost")
+
+    def test_run_bears_a_lost_commit(self) -> None:
+        self.worker()
+        for fault in ("before", "after"):
+            with self.subTest(fault):
+                self.lose(fault)
+                argv = ("run", "-c", f"echo {fault} >> ran; echo said {fault}")
+                said = self.queuectl(*argv, **self.by_proxy)
+                self.assertEqual(said, f"said {fault}\n")
+                self.assertEqual(self.proxy.faults, [])
+        self.assertEqual(self.lines("ran"), ["before", "after"])
 
     def test_a_job_that_was_claimed_meanwhile_is_not_said_to_be_cancelled(self) -> None:
         """Between the lost COMMIT of a cancel and the look whether it stands."""
@@ -4507,7 +4523,7 @@ class Crashes(WorkCase):
         self.assertEqual({json.loads(line)["state"] for line in listed}, {"completed"})
         self.assertEqual({json.loads(line)["attempts"] for line in listed}, {1})
 
-    def test_a_poison_job_is_buried_without_its_neighbours(self) -> None:
+    def test_a_poison_job_dies_without_its_neighbours(self) -> None:
         siblings = [self.put("sleep 4", max_retries=0) for _ in range(3)]
         poison = self.put("kill -9 $PPID", max_retries=3)
         worker = self.worker("--count", "4")
