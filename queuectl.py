@@ -354,7 +354,7 @@ class Settings:
     # How soon an idle worker sees a new job.
     poll_interval: float = setting(
         duration(0.05, 60), "1",
-        "seconds between looks of an idle worker")
+        "seconds between two snapshots of an idle worker")
     doorbell: str = setting(
         choice("on", "off"), "on",
         "wake idle workers at once; off behind a proxy")
@@ -362,7 +362,7 @@ class Settings:
     # How soon a worker that died is found lost.
     heartbeat: float = setting(
         duration(0.1, 600), "5",
-        "the longest time between two beats of a worker")
+        "the longest time between two heartbeats of a worker")
     worker_timeout: float = setting(
         duration(0.4, 86400), "30",
         "the lease: a worker silent for so long is lost (at least 4 heartbeats)")

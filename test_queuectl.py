@@ -36,6 +36,7 @@ import symtable
 import sys
 import tempfile
 import termios
+import textwrap
 import threading
 import time
 import traceback
@@ -1025,6 +1026,36 @@ class DesignTest(unittest.TestCase):
             self.assertTrue(command.summary and command.examples, name)
             self.assertLess(len(command.summary), 64, name)
             self.assertIn("examples:", queuectl.parser_of(command).format_help())
+
+    def test_the_example_environment_is_made_from_the_tables(self) -> None:
+        """Its text is what this test makes of them."""
+
+        def entry(name: str, default: str, meaning: str) -> str:
+            sentence = f"{meaning[0].upper()}{meaning[1:]}."
+            lines = textwrap.wrap(
+                sentence, 86, initial_indent="# ", subsequent_indent="# "
+            )
+            return "\n".join([*lines, f"#{name}={default}"])
+
+        entries = [
+            entry(name, variable.default, variable.help)
+            for name, variable in queuectl.VARIABLES.items()
+        ]
+        settings = [
+            entry(
+                queuectl.variable_of(key),
+                field.metadata["default"],
+                field.metadata["help"],
+            )
+            for key, field in queuectl.SETTINGS.items()
+        ]
+        head = (
+            "# The settings of queuectl that the environment may give, with their "
+            "defaults. Copy this\n# file to .env (chmod 600) where you run queuectl or "
+            "beside it, and uncomment what you change.\n"
+        )
+        made = "\n".join([head, *entries, "", *settings]) + "\n"
+        self.assertEqual(read_file(".env.example"), made)
 
     def test_readme_and_the_example_environment_list_every_setting(self) -> None:
         readme, example = read_file("README.md"), read_file(".env.example")
