@@ -9333,229 +9333,331 @@ def _yes_or_blank(value: Json) -> Json:
 
 # ---- explain -----------------------------------------------------------------
 #
-# Why a job is where it is: one sentence, with the numbers, that names what it
-# waits for and the command that helps. It only reads, and what it says may have
-# changed by the time that it is read.
+# Why a job is where it is, in one sentence: what it waits for, who runs it, how
+# it ended, and the command that gets it further where a person is needed. It
+# reads what a worker would go by, by the database's clock alone, and changes
+# nothing. The queue moves on while it reads: it tells what it met.
 
-TIMES_WORDS = ("never", "once", "twice", "three times", "four times", "five times")
+class DatabaseTime(NamedTuple):
+    """The database's clock, as one row."""
+    now: datetime.datetime
 
-
-def explain(store: JobStore, job_id: str) -> tuple[JobRow, str]:
-    """A job, and the sentence; Problem if there is no such job."""
-    [now] = store.rows(lambda now: now, "SELECT UTC_TIMESTAMP(6)")
-    found = store.details(job_id)
-    return found.row, _Explanation(store, found, now).sentence()
-
-
-class WatchedRun(NamedTuple):
-    """A running job, as far as it can be silent or be asked to end."""
+class RunningState(NamedTuple):
+    """What is asked of a running job, and how its worker is."""
     cancel_requested_at: Moment
-    heartbeat_at: Moment
+    heartbeat_at: Moment  # None: the worker has no row any more
     lease_s: float
 
+class UnmetNeed(NamedTuple):
+    """A job that another one still waits for."""
+    id: str
+    state: str
+    worker: str | None
+
+def database_time(database: Database) -> datetime.datetime:
+    """Returns the time that all time columns go by: UTC, without a zone."""
+    [row] = database.records(DatabaseTime, "SELECT UTC_TIMESTAMP(6) AS now")
+    return row.now
+
+def explain(store: JobQueries, job_id: str) -> tuple[JobRow, str]:
+    """Returns a job and its sentence; a Problem if there is no such job."""
+    # The clock is read first: of what is read later nothing seems overdue that
+    # was not.
+    now = database_time(store.database)
+    details = store.details(job_id)
+    return details.row, _Explanation(store, details, now).sentence()
+
+NUMBER_WORDS = (
+    "never", "once", "twice", "three times", "four times", "five times")
+UNMET_SHOWN = 3  # parents that the sentence names; it counts the others
+
+def _times(count: int) -> str:
+    """Returns `once`, `twice`, and so on; in digits from six on."""
+    if count < len(NUMBER_WORDS):
+        return NUMBER_WORDS[count]
+    return f"{count} times"
+
 class _Explanation:
-    """One job, and what is asked of the queue to explain where it is."""
-    def __init__(
-        self, store: JobStore, job: JobDetails, now: datetime.datetime
-    ) -> None:
-        self.store, self.job, self.view, self.now = store, job, job.row, now
+    """One job as it was read, and the sentence about it.
+
+    Each state has a method of its own, which returns the whole sentence.
+    """
+
+    def __init__(self, store: JobQueries, details: JobDetails,
+                 now: datetime.datetime) -> None:
+        """`now` is the database's time, read before the details."""
+        self.store = store
+        self.database = store.database
+        self.row = details.row
+        self.history = details.history
+        self.now = now
 
     def sentence(self) -> str:
-        """Returns the sentence for the state that the job is in."""
-        view, ago = self.view, self._ago(self.view.finished_at)
-        if view.state == State.PENDING:
+        """Returns why the job is where it is."""
+        state = self.row.state
+        if state == State.PENDING:
             return self._pending()
-        if view.state == State.PROCESSING:
+        if state == State.PROCESSING:
             return self._processing()
-        if view.state == State.BLOCKED:
+        if state == State.BLOCKED:
             return self._blocked()
-        if view.state in (State.SCHEDULED, State.FAILED):
+        if state in (State.SCHEDULED, State.FAILED):
             return self._later()
-        if view.state == State.DEAD:
-            back = f"queuectl dlq retry {view.id}"
-            return f"{self._dead()}, {ago}; put it back: {back}"
-        ran = [run for run in self.job.history[-1:] if run.reason == view.reason]
-        took = f" in {say_duration(view.duration or 0)}" if ran else ""
-        where = f" on {self._host()}" if ran else ""
-        return f"{view.state}{where}{took}, {ago}"
+        if state == State.DEAD:
+            return self._dead()
+        return self._completed_or_cancelled()
 
-    def _rows(self, statement: str, *values: object) -> list[tuple[str, ...]]:
-        """Returns what a statement finds, as it is."""
-        def work(cursor: Cursor) -> list[tuple[str, ...]]:
-            cursor.execute(statement, values)
-            return list(cursor.fetchall())
-        return self.store.database.read(work)
+    # -- it may run now
+
+    def _pending(self) -> str:
+        """Returns why no worker has claimed it yet.
+
+        What holds up the whole queue is told before what holds up this job.
+        """
+        limited = self._held_up_by_limit()
+        if limited:
+            return limited
+        serving = self._serving()
+        if not serving:
+            return self._nobody_serves()
+        if self._is_to_run_alone():
+            return ("lost with its worker twice: "
+                    "it runs alone, once a worker is idle")
+        queue = f"queue `{self.row.queue}`"
+        place = self._ahead() or f"next in {queue}"
+        slots = sum(worker.slots for worker in serving)
+        busy = sum(worker.busy for worker in serving)
+        free = slots - busy
+        return f"{place}; {free} of {slots} slots that serve {queue} are free"
+
+    def _held_up_by_limit(self) -> str:
+        """Returns how a pause or a limit of its queue holds it up, or ""."""
+        name = self.row.queue
+        found = self.database.records(
+            QueueLimit,
+            f"SELECT {field_list(QueueLimit)} FROM queues WHERE name = %s",
+            name)
+        # Most queues have no row: nobody ever limited them.
+        if not found:
+            return ""
+        [queue] = found
+        if queue.paused_at:
+            return (f"queue `{name}` paused; "
+                    f"resume it: queuectl queue resume {name}")
+        if queue.max_running is None:
+            return ""
+        running = self.database.rows(
+            str,
+            "SELECT id FROM jobs WHERE state = 'processing' AND queue = %s",
+            name)
+        if len(running) < queue.max_running:
+            return ""
+        reached = f"limit {queue.max_running} of `{name}` reached"
+        # A limit of 0 is reached by none.
+        if running:
+            reached += f" by {abbreviated(running)}"
+        ahead = self._ahead()
+        return f"{reached}; {ahead}" if ahead else reached
+
+    def _serving(self) -> list[WorkerRow]:
+        """Returns the workers that may claim it."""
+        serving = []
+        for worker in self.store.workers():
+            # One that is silent, or stopping, claims nothing.
+            if worker.state == "running" and worker.serves(self.row.queue):
+                serving.append(worker)
+        return serving
+
+    def _nobody_serves(self) -> str:
+        name = self.row.queue
+        return (f"no live worker serves queue `{name}`; start one: "
+                f"queuectl worker start --queue {name}")
+
+    def _is_to_run_alone(self) -> bool:
+        """Returns whether it was lost so often that it must run alone."""
+        found = self.database.rows(
+            int, "SELECT 1 FROM jobs WHERE seq = %s AND losses >= %s",
+            self.row.seq, ALONE_AFTER_LOSSES)
+        return bool(found)
+
+    def _ahead(self) -> str:
+        """Returns how many jobs of its queue are claimed before it, or ""."""
+        row = self.row
+        # claim_order is the priority with its sign turned around. The index
+        # holds the jobs in the order of claims; left to itself, the server may
+        # walk the whole table.
+        order = -row.priority
+        [count] = self.database.rows(
+            int,
+            f"""
+            SELECT COUNT(*)
+              FROM (SELECT 1 FROM jobs FORCE INDEX (jobs_claim)
+                     WHERE state = 'pending' AND queue = %s
+                           AND (claim_order < %s
+                                OR (claim_order = %s AND seq < %s))
+                     LIMIT {COUNTED_UP_TO}) AS ahead
+            """, row.queue, order, order, row.seq)
+        if not count:
+            return ""
+        # Counting stopped there: there may be more.
+        amount = f"{count:,}+" if count == COUNTED_UP_TO else f"{count:,}"
+        jobs = "job" if count == 1 else "jobs"
+        return f"{amount} {jobs} ahead in queue `{row.queue}`"
+
+    # -- it waits
+
+    def _later(self) -> str:
+        """Returns when it is due, and what will hold it up then."""
+        row = self.row
+        attempt = self._attempt(row.attempts + 1)
+        # A worker's next turn makes it pending. What holds up the pending ones
+        # holds it up as well.
+        if row.next_run_at and row.next_run_at <= self.now:
+            return f"due ({attempt}): {self._pending()}"
+        text = f"due in {self._since(row.next_run_at)} ({attempt})"
+        if row.state == State.FAILED:
+            text += f"; {self._outcome(1)}"
+        if not self._serving():
+            text += f"; then {self._nobody_serves()}"
+        return text
+
+    def _blocked(self) -> str:
+        """Returns which jobs it waits for, and how each of them is."""
+        unmet = self.database.records(
+            UnmetNeed,
+            f"""
+            SELECT id, state, worker
+              FROM {PARENTS_SQL}
+             WHERE child = %s AND NOT {MET_SQL}
+             ORDER BY parent
+            """, self.row.seq)
+        # The jobs of a large enqueue are stored as blocked, and released only
+        # after its COMMIT.
+        if not unmet:
+            return "being enqueued together with many others"
+        parents = []
+        for parent in unmet[:UNMET_SHOWN]:
+            where = f"is {parent.state}"
+            if parent.state == State.PROCESSING:
+                where = f"runs on {self._host(parent.worker)}"
+            parents.append(f"{parent.id}, which {where}")
+        text = "waits for " + "; ".join(parents)
+        if len(unmet) > UNMET_SHOWN:
+            text += f" and {len(unmet) - UNMET_SHOWN} more"
+        return text
+
+    # -- it runs
+
+    def _processing(self) -> str:
+        """Returns where it runs, for how long, and what is amiss there."""
+        row = self.row
+        run = self._attempt(row.attempts)
+        if row.timeout:
+            run += f", time limit {say_duration(row.timeout)}"
+        for_how_long = self._since(row.started_at)
+        text = f"runs on {self._host(row.worker)} for {for_how_long} ({run})"
+        found = self.database.records(
+            RunningState,
+            """
+            SELECT cancel_requested_at, heartbeat_at, lease_s
+              FROM jobs LEFT JOIN workers ON workers.id = worker
+             WHERE seq = %s
+            """, row.seq)
+        # The job may have been purged since: then there is no more to say.
+        for running in found:
+            text += self._asked(running) + self._silence(running)
+        return text
+
+    def _asked(self, running: RunningState) -> str:
+        """Returns when a person cancelled it, or ""."""
+        asked_at = running.cancel_requested_at
+        if not asked_at:
+            return ""
+        return f"; cancelled {self._ago(asked_at)}, its worker is to end it"
+
+    def _silence(self, running: RunningState) -> str:
+        """Returns what its worker's heartbeat gives cause for, or ""."""
+        worker, beat_at = self.row.worker, running.heartbeat_at
+        if not beat_at:
+            return f"; its worker {worker} is gone, another is to take over"
+        # A worker raises its heartbeat several times in a lease. Half of one
+        # without is worth a word, though nothing is lost yet.
+        silent_s = (self.now - beat_at).total_seconds()
+        if silent_s <= running.lease_s / 2:
+            return ""
+        lease = say_duration(running.lease_s)
+        # A worker cannot tell of itself that it is lost: another one does.
+        silence = self._since(beat_at)
+        return (f"; its worker {worker} has been silent for {silence}: "
+                f"lost after {lease}, if another is there to see")
+
+    # -- it has ended
+
+    def _completed_or_cancelled(self) -> str:
+        """Returns how it ended; where and how long it ran, if it did."""
+        row = self.row
+        text = row.state
+        last_run = self.history[-1] if self.history else None
+        # A job that is cancelled while it waits may have run before: its last
+        # run then ended for another reason, and is not what ended the job.
+        if last_run and last_run.reason == row.reason:
+            duration = say_duration(row.duration or 0)
+            text += f" on {self._host(row.worker)} in {duration}"
+        return f"{text}, {self._ago(row.finished_at)}"
+
+    def _dead(self) -> str:
+        """Returns what it died of, how often, and how to put it back."""
+        row = self.row
+        line = self.database.read(lambda cursor: cursor.value(
+            "SELECT last_line FROM dlq WHERE job_seq = %s", row.seq))
+        # The dead letter of a job that never ran says what it waited for.
+        if row.reason == Reason.DEPENDENCY:
+            cause = str(line or "")
+        else:
+            alike = [run for run in self.history
+                     if run.reason == row.reason
+                     and run.exit_code == row.exit_code]
+            cause = self._outcome(len(alike))
+            if line:
+                cause += f', last line "{line}"'
+        return (f"dead: {cause}, {self._ago(row.finished_at)}; "
+                f"put it back: queuectl dlq retry {row.id}")
+
+    # -- words
+
+    def _outcome(self, times: int) -> str:
+        """Returns how its last run ended, and how often runs ended so."""
+        row = self.row
+        what = str(row.reason)
+        if row.reason == Reason.EXIT:
+            what += f" {row.exit_code}"
+        return f"{what} {_times(times)}"
+
+    def _attempt(self, number: int) -> str:
+        # The setting max_retries may have been lowered since it ran.
+        most = max(self.row.max_attempts, number)
+        return f"attempt {number} of {most}"
+
+    def _host(self, worker: str | None) -> str:
+        """Returns the host of a worker."""
+        worker = str(worker)
+        found = self.database.rows(
+            str, "SELECT host FROM workers WHERE id = %s", worker)
+        if found:
+            return found[0]
+        # Its row is gone, but its id begins with its host.
+        host, _, _ = worker.rpartition("-")
+        return host
 
     def _ago(self, moment: Moment) -> str:
         return f"{self._since(moment)} ago"
 
     def _since(self, moment: Moment) -> str:
-        return say_duration(abs((self.now - (moment or self.now)).total_seconds()))
-
-    def _host(self, worker: str = "") -> str:
-        """The host of a worker; of one whose row is gone, its id names it."""
-        worker = worker or str(self.view.worker)
-        found = self._rows("SELECT host FROM workers WHERE id = %s", worker)
-        return found[0][0] if found else worker.rpartition("-")[0]
-
-    def _attempt(self, number: int) -> str:
-        return f"attempt {number} of {max(self.view.max_attempts, number)}"
-
-    def _later(self) -> str:
-        """Says when a scheduled or failed job is due, and what keeps it then."""
-        view, next_one = self.view, self._attempt(self.view.attempts + 1)
-        if view.next_run_at and view.next_run_at <= self.now:
-            return f"due ({next_one}): {self._pending()}"
-        failed = f"; {self._outcome(1)}" if view.state == State.FAILED else ""
-        unserved = self._unserved()
-        text = f"due in {self._since(view.next_run_at)} ({next_one}){failed}"
-        if unserved:
-            text += f"; then {unserved}"
-        return text
-
-    def _serving(self) -> list[WorkerRow]:
-        """Returns the live workers that serve the job's queue."""
-        serving = []
-        for worker in self.store.workers():
-            names = worker.queues or [self.view.queue]
-            if worker.state == "running" and self.view.queue in names:
-                serving.append(worker)
-        return serving
-
-    def _unserved(self) -> str:
-        """Says that no live worker serves the queue; empty where one does."""
-        name = self.view.queue
-        return (
-            ""
-            if self._serving()
-            else (
-                f"no live worker serves queue `{name}`; start one: "
-                f"queuectl worker start --queue {name}"
-            )
-        )
-
-    def _pending(self) -> str:
-        """Says what a pending job waits for: a person, a limit, a worker, a slot."""
-        view, name, busy = self.view, self.view.queue, f"queue `{self.view.queue}`"
-        for limit, paused in self._rows(
-            "SELECT max_running, paused_at FROM queues WHERE name = %s", name
-        ):
-            if paused:
-                return f"{busy} paused; resume it: queuectl queue resume {name}"
-            running = [
-                str(one[0])
-                for one in self._rows(
-                    "SELECT id FROM jobs WHERE state = 'processing' AND queue = %s",
-                    name,
-                )
-            ]
-            if limit is not None and len(running) >= int(limit):
-                by = f" by {abbreviated(running)}" if running else ""
-                return f"limit {limit} of `{name}` reached{by}{self._ahead()}"
-        unserved = self._unserved()
-        if unserved:
-            return unserved
-        if self._rows(
-            "SELECT 1 FROM jobs WHERE seq = %s AND losses >= %s",
-            view.seq,
-            ALONE_AFTER_LOSSES,
-        ):
-            return "lost with its worker twice: it runs alone, once a worker is idle"
-        serving = self._serving()
-        slots = sum(worker.slots for worker in serving)
-        taken = sum(worker.busy for worker in serving)
-        free = f"{slots - taken} of {slots} slots that serve {busy} are free"
-        return f"{self._ahead()[2:] or 'next in ' + busy}; {free}"
-
-    def _ahead(self) -> str:
-        """Says how many jobs of the queue come before this one; empty if none."""
-        view = self.view
-        [count] = self.store.rows(
-            int,
-            "SELECT COUNT(*) FROM (SELECT 1 FROM jobs FORCE INDEX (jobs_claim) "
-            "WHERE state = 'pending' AND queue = %s AND (claim_order < %s OR "
-            f"(claim_order = %s AND seq < %s)) LIMIT {COUNTED_UP_TO}) AS ahead",
-            view.queue,
-            -view.priority,
-            -view.priority,
-            view.seq,
-        )
-        if not count:
-            return ""
-        more = f"{count:,}+" if count == COUNTED_UP_TO else f"{count:,}"
-        jobs = "job" if count == 1 else "jobs"
-        return f"; {more} {jobs} ahead in queue `{view.queue}`"
-
-    def _processing(self) -> str:
-        """Says where the job runs, for how long, and if its worker is silent."""
-        view = self.view
-        limit = f", time limit {say_duration(view.timeout)}" if view.timeout else ""
-        text = (
-            f"runs on {self._host()} for {self._since(view.started_at)} "
-            f"({self._attempt(view.attempts)}{limit})"
-        )
-        for run in self.store.database.records(
-                WatchedRun,
-                "SELECT cancel_requested_at, heartbeat_at, lease_s "
-                "FROM jobs LEFT JOIN workers ON workers.id = worker WHERE seq = %s",
-                view.seq):
-            if run.cancel_requested_at:
-                asked = self._ago(run.cancel_requested_at)
-                text += f"; cancelled {asked}, its worker is to end it"
-            if not run.heartbeat_at:
-                text += f"; its worker {view.worker} is gone, another is to take over"
-            elif (self.now - run.heartbeat_at).total_seconds() > run.lease_s / 2:
-                text += (f"; its worker {view.worker} has been silent for "
-                         f"{self._since(run.heartbeat_at)}: lost after "
-                         f"{say_duration(run.lease_s)}, if another is there to see")
-        return text
-
-    def _blocked(self) -> str:
-        """Says which jobs it waits for, and where they are."""
-        unmet = self._rows(
-            f"SELECT id, state, worker FROM {PARENTS_SQL} WHERE child = %s "
-            f"AND NOT {MET_SQL} ORDER BY parent",
-            self.view.seq,
-        )
-        if not unmet:
-            return "being enqueued together with many others"
-        told = [
-            f"{name}, which "
-            + (
-                f"runs on {self._host(worker)}"
-                if state == State.PROCESSING
-                else f"is {state}"
-            )
-            for name, state, worker in unmet[:3]
-        ]
-        more = f" and {len(unmet) - 3} more" if len(unmet) > 3 else ""
-        return f"waits for {'; '.join(told)}{more}"
-
-    def _outcome(self, times: int) -> str:
-        """Says how its last run ended, and how often."""
-        view = self.view
-        what = (
-            f"{view.reason} {view.exit_code}"
-            if view.reason == Reason.EXIT
-            else str(view.reason)
-        )
-        often = TIMES_WORDS[times] if times < len(TIMES_WORDS) else f"{times} times"
-        return f"{what} {often}"
-
-    def _dead(self) -> str:
-        """Says what it died of, with its last line."""
-        view = self.view
-        times = sum(
-            (run.reason, run.exit_code) == (view.reason, view.exit_code)
-            for run in self.job.history
-        )
-        [(line,)] = self._rows(
-            "SELECT last_line FROM dlq WHERE job_seq = %s", view.seq
-        ) or [("",)]
-        if view.reason == Reason.DEPENDENCY:
-            return f"dead: {line}"
-        last = f', last line "{line}"' if line else ""
-        return f"dead: {self._outcome(times)}{last}"
+        """Returns how far a moment is from now, be it past or to come."""
+        if moment is None:
+            moment = self.now
+        apart = self.now - moment
+        return say_duration(abs(apart.total_seconds()))
 
 
 # ---- diagnostics -------------------------------------------------------------
