@@ -11161,150 +11161,211 @@ def db_stop(args: argparse.Namespace) -> None:
 
 # ---- main --------------------------------------------------------------------
 #
-# One door in, one door out: main finds the command, builds its parser alone, runs it,
-# and turns a Problem into its message and exit status.
+# One door in, one door out. A command line becomes a command of room "commands"
+# and its arguments; what goes wrong becomes a message on standard error and an
+# exit status, here and nowhere else. What nobody foresaw is a bug, and keeps
+# its traceback.
 
+# The order of `queuectl` without a command; a test holds it complete.
 GROUPS = (
-    (
-        "jobs",
-        (
-            "enqueue",
-            "run",
-            "list",
-            "show",
-            "explain",
-            "logs",
-            "wait",
-            "cancel",
-            "retry",
-            "rerun",
-            "purge",
-        ),
-    ),
+    ("jobs", ("enqueue", "run", "list", "show", "explain", "logs", "wait",
+              "cancel", "retry", "rerun", "purge")),
     ("workers", ("worker start", "worker stop", "worker list", "status")),
     ("queues", ("queue list", "queue limit", "queue pause", "queue resume")),
     ("dead letters", ("dlq list", "dlq groups", "dlq retry")),
     ("settings", ("config set", "config get", "config unset", "config list")),
     ("database", ("db init", "db check", "db schema", "db start", "db stop")),
 )
+HELP = {"-h", "--help"}
 
+# -- finding the command
+
+def find_command(words: Sequence[str]) -> tuple[Command, list[str]]:
+    """Returns the command that `words` name, and the words that are left.
+
+    Options may stand before, between and after the words of its name. A
+    Problem says which command there is not, and which may have been meant.
+    """
+    rest = list(words)
+    groups = {name.split()[0] for name in COMMANDS}
+    place = _find(groups, rest)
+    if place is None:
+        raise _no_command(rest, groups)
+    name = rest.pop(place)
+    if name in COMMANDS:
+        return COMMANDS[name], rest
+    # It is a group: a word after it says which of its commands.
+    verbs = _verbs_of(name)
+    after = rest[place:]
+    verb_place = _find(verbs, after)
+    if verb_place is None:
+        raise _no_verb(name, after, verbs)
+    verb = rest.pop(place + verb_place)
+    return COMMANDS[f"{name} {verb}"], rest
+
+def _verbs_of(group: str) -> list[str]:
+    """Returns the second words of a group's commands."""
+    verbs = []
+    for name in COMMANDS:
+        first, _, verb = name.partition(" ")
+        if first == group:
+            verbs.append(verb)
+    return verbs
+
+def _find(names: Collection[str], words: Sequence[str]) -> int | None:
+    """Returns the place of the first word that is one of these names."""
+    for place, word in enumerate(words):
+        if word in names:
+            return place
+    return None
+
+def _no_command(words: Sequence[str], groups: Collection[str]) -> Problem:
+    """Returns what to say where no word is a command."""
+    word = _first_plain(words)
+    what = "no command"
+    if word:
+        what = f"no such command: {excerpt(word)}"
+    hint = nearest(word, [*groups, *COMMANDS])
+    return Problem(what, hint or "see: queuectl", USAGE)
+
+def _no_verb(group: str, words: Sequence[str],
+             verbs: Sequence[str]) -> Problem:
+    """Returns what to say of a group without one of its commands."""
+    word = _first_plain(words)
+    what = f"{group}: which of its commands?"
+    if word:
+        what = f"{group}: no such command: {excerpt(word)}"
+    hint = nearest(word, verbs)
+    if not hint:
+        hint = f"{group} {'|'.join(verbs)}"
+    return Problem(what, hint, USAGE)
+
+def _first_plain(words: Sequence[str]) -> str:
+    """Returns the first word that is no option, or ""."""
+    for word in words:
+        if not word.startswith("-"):
+            return word
+    return ""
+
+# -- reading its arguments
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser that raises Problems."""
 
     def error(self, message: str) -> NoReturn:
-        unknown = re.fullmatch(r"unrecognized arguments: (--[^ =]+).*", message)
-        hint = nearest(unknown[1], self._option_string_actions) if unknown else ""
-        if not unknown and self.prog.endswith("enqueue"):
-            hint = "a program and its arguments go after --: enqueue -- echo hi"
-        raise Problem(escaped(message), hint or f"see: {self.prog} --help", USAGE)
-
-
-def find_command(words: Sequence[str]) -> tuple[Command, list[str]]:
-    """The command that `words` name, wherever its words stand, and the other words."""
-    rest = list(words)
-    firsts = {name.split()[0] for name in COMMANDS}
-    at = next((at for at, word in enumerate(rest) if word in firsts), None)
-    if at is None:
-        word = _first_plain(rest)
-        raise Problem(
-            f"no such command: {excerpt(word)}" if word else "no command",
-            nearest(word, [*firsts, *COMMANDS]) or "see: queuectl",
-            USAGE,
-        )
-    name = rest.pop(at)
-    if name in COMMANDS:
-        return COMMANDS[name], rest
-    seconds = [one.split()[1] for one in COMMANDS if one.startswith(f"{name} ")]
-    second = next((at for at in range(at, len(rest)) if rest[at] in seconds), None)
-    if second is None:
-        word = _first_plain(rest[at:])
-        raise Problem(
-            f"{name}: no such command: {excerpt(word)}"
-            if word
-            else f"{name}: which of its commands?",
-            nearest(word, seconds) or f"{name} {'|'.join(seconds)}",
-            USAGE,
-        )
-    return COMMANDS[f"{name} {rest.pop(second)}"], rest
-
-
-def _first_plain(words: Sequence[str]) -> str:
-    return next((word for word in words if not word.startswith("-")), "")
-
+        """Raises what argparse found wrong, with a hint where one is known."""
+        hint = f"see: {self.prog} --help"
+        unknown = re.fullmatch(
+            r"unrecognized arguments: (--[^ =]+).*", message)
+        if unknown:
+            options = self._option_string_actions
+            hint = nearest(unknown[1], options) or hint
+        elif self.prog.endswith("enqueue"):
+            hint = ("a program and its arguments go after --: "
+                    "enqueue -- echo hi")
+        raise Problem(escaped(message), hint, USAGE)
 
 def parser_of(found: Command) -> Parser:
-    """Returns the parser of one command."""
+    """Returns the parser of a command's arguments, and its help."""
+    examples = ["examples:", *found.examples]
+    # An abbreviated option would change its meaning once a longer one comes.
     parser = Parser(
         prog=f"queuectl {found.name}",
         allow_abbrev=False,
         description=found.body.__doc__,
-        epilog="\n  queuectl ".join(["examples:", *found.examples]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+        epilog="\n  queuectl ".join(examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     for names, options in found.args:
         parser.add_argument(*names, **options)  # type: ignore[arg-type]
     return parser
 
+# -- running it
+
+def run(argv: Sequence[str]) -> int:
+    """Does what the command line says; returns the exit status."""
+    words = list(argv)
+    rest: list[str] = []
+    # What stands after -- is never an option of ours.
+    if "--" in words:
+        cut = words.index("--")
+        rest = words[cut + 1:]
+        words = words[:cut]
+    words = _take_defaults_file(words)
+    if words[:1] == ["help"]:
+        words = words[1:]
+        words.append("--help")
+    if HELP.issuperset(words):
+        if rest:
+            what = "no command is given before --"
+            raise Problem(what, "see: queuectl", USAGE)
+        print_overview()
+        return 0
+    if words == ["--version"]:
+        print_version()
+        return 0
+    return _run_command(words, rest)
+
+def _run_command(words: Sequence[str], rest: list[str]) -> int:
+    """Runs the command that `words` name; `rest` is what stood after --."""
+    found, words = find_command(words)
+    # Two commands take a program after --; elsewhere it only ends the options.
+    if found.name not in ("enqueue", "run"):
+        words = [*words, *rest]
+    # Options may stand among the ids of the jobs.
+    args = parser_of(found).parse_intermixed_args(words)
+    args.rest = rest
+    return found.body(args) or 0
+
+def _take_defaults_file(words: list[str]) -> list[str]:
+    """Returns the words without --defaults-file, which every command takes.
+
+    Its value goes into the environment, where workers that are forked or
+    started later find it.
+    """
+    for place, word in enumerate(words):
+        name, sign, path = word.partition("=")
+        if name != "--defaults-file":
+            continue
+        before, after = words[:place], words[place + 1:]
+        # Without `=` the path is a word of its own.
+        if not sign and after:
+            path = after.pop(0)
+        if not path:
+            raise Problem("--defaults-file: which?", status=USAGE)
+        os.environ[DEFAULTS_FILE] = absolute(path)
+        return before + after
+    return words
 
 def print_overview() -> None:
-    """Every command in its group, one line each."""
+    """Prints every command in its group, one line each."""
     print_line("queuectl: a queue of shell commands, kept in MySQL")
     for title, names in GROUPS:
         print_line(f"\n{title}:")
         for name in names:
             print_line(f"  {name:14} {COMMANDS[name].summary}")
-    print_line("\nqueuectl help COMMAND says more about one; --version what runs here.")
+    print_line("\nqueuectl help COMMAND says more about one; "
+               "--version what runs here.")
 
-
-def run(argv: Sequence[str]) -> int:
-    """Do what the command line says; the exit status."""
-    words = list(argv)
-    cut = words.index("--") if "--" in words else len(words)
-    words, rest = _take_defaults_file(words[:cut]), words[cut + 1 :]
-    if words[:1] == ["help"]:
-        words = [*words[1:], "--help"]
-    if not set(words) - {"-h", "--help"}:
-        if rest:
-            raise Problem("no command is given before --", "see: queuectl", USAGE)
-        print_overview()
-        return 0
-    if words == ["--version"]:
-        print_line(
-            f"queuectl {VERSION}, schema {SCHEMA_VERSION}, PyMySQL {driver_version()}, "
-            f"Python {sys.version.split()[0]}"
-        )
-        return 0
-    found, left = find_command(words)
-    # Two take a program after --; elsewhere it ends the options.
-    words = left if found.name in ("enqueue", "run") else [*left, *rest]
-    args = parser_of(found).parse_intermixed_args(words)
-    args.rest = rest
-    return found.body(args) or 0
-
-
-def _take_defaults_file(words: list[str]) -> list[str]:
-    """The words without --defaults-file, which every command takes."""
-    for at, word in enumerate(words):
-        name, sign, value = word.partition("=")
-        if name == "--defaults-file":
-            taken = words[at : at + 1 + (not sign)]
-            if not sign and len(taken) < 2:
-                raise Problem("--defaults-file: which?", status=USAGE)
-            os.environ[DEFAULTS_FILE] = absolute(value or taken[-1])
-            return words[:at] + words[at + len(taken) :]
-    return words
-
+def print_version() -> None:
+    """Prints what an error report should name."""
+    python, *_ = sys.version.split()
+    print_line(
+        f"queuectl {VERSION}, schema {SCHEMA_VERSION}, "
+        f"PyMySQL {driver_version()}, Python {python}")
 
 def main() -> int:
-    """Run, and turn what goes wrong into a message and an exit status."""
+    """Runs the command line; says what went wrong, and returns the status."""
     try:
         use_own_environment()
-        status_code = run(sys.argv[1:])
+        status = run(sys.argv[1:])
+        # What is still buffered must fail here, not while Python exits.
         sys.stdout.flush()
-        return status_code
+        return status
     except Problem as problem:
-        notice(f"{problem.what}\n  {problem.hint}" if problem.hint else problem.what)
+        said = problem.what
+        if problem.hint:
+            said += f"\n  {problem.hint}"
+        notice(said)
         return problem.status
     except RowRefused as refused:
         notice(f"the server refused the data: {refused}")
@@ -11312,18 +11373,25 @@ def main() -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ENOSPC):
-            raise
-        # The reader has gone (list | head); Python must not meet that again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno == errno.EPIPE:
-            return 0
-        notice(
-            f"cannot write to standard output or {tempfile.gettempdir()}: "
-            f"{error.strerror}"
-        )
-        return CANNOT
+        return _lost_output(error)
 
+def _lost_output(error: OSError) -> int:
+    """Returns the exit status where output could not be written.
+
+    Any other error is a bug, and is raised again.
+    """
+    if error.errno not in (errno.EPIPE, errno.ENOSPC):
+        raise error
+    # What is buffered is flushed once more as Python exits, and must not fail
+    # there as well.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    # The reader has had enough (list | head), which is no failure.
+    if error.errno == errno.EPIPE:
+        return 0
+    notice(f"cannot write to standard output or {tempfile.gettempdir()}: "
+           f"{error.strerror}")
+    return CANNOT
 
 if __name__ == "__main__":
     sys.exit(main())
