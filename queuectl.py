@@ -9173,19 +9173,6 @@ def print_output(pieces: Iterable[bytes]) -> None:
     if not last.endswith("\n"):
         print_line("")
 
-def print_progress(part: float) -> None:
-    """Shows how much is done, from 0 to 1, as a bar on a terminal's last line.
-
-    The bar is gone when all is done.
-    """
-    if not sys.stderr.isatty():
-        return
-    bar = " " * 32
-    if part < 1:
-        done = "#" * round(30 * part)
-        bar = f"[{done:30}]"
-    print(f"\r{bar}\r", end="", file=sys.stderr, flush=True)
-
 # -- widths
 
 def columns_of(text: str) -> int:
