@@ -6155,7 +6155,6 @@ class ProcessStat(NamedTuple):
     """What /proc/PID/stat says of a living process."""
     group: int
     session: int
-    cpu_ticks: int  # in user and in system mode
     started: str  # in ticks since the boot
 
 def _read_stat(pid: int) -> ProcessStat:
@@ -6172,14 +6171,7 @@ def _read_stat(pid: int) -> ProcessStat:
     return ProcessStat(
         group=int(fields[2]),
         session=int(fields[3]),
-        cpu_ticks=int(fields[11]) + int(fields[12]),
         started=fields[19].decode())
-
-def cpu_seconds(pid: int) -> float:
-    """Returns the CPU time of a process; 0 where that cannot be seen."""
-    with contextlib.suppress(OSError):
-        return _read_stat(pid).cpu_ticks / os.sysconf("SC_CLK_TCK")
-    return 0.0
 
 class ProcessInfo(NamedTuple):
     """A living process: what it belongs to."""
@@ -9358,11 +9350,24 @@ NUMBER_WORDS = (
     "never", "once", "twice", "three times", "four times", "five times")
 UNMET_SHOWN = 3  # parents that the sentence names; it counts the others
 
-def _times(count: int) -> str:
-    """Returns `once`, `twice`, and so on; in digits from six on."""
-    if count < len(NUMBER_WORDS):
-        return NUMBER_WORDS[count]
-    return f"{count} times"
+def _outcome(job: JobRow, times: int) -> str:
+    """Returns how a job's last run ended, and how often runs ended so."""
+    what = str(job.reason)
+    if job.reason == Reason.EXIT:
+        what += f" {job.exit_code}"
+    how_often = f"{times} times"
+    if times < len(NUMBER_WORDS):
+        how_often = NUMBER_WORDS[times]
+    return f"{what} {how_often}"
+
+def _attempt(job: JobRow, number: int) -> str:
+    # The setting max_retries may have been lowered since it ran.
+    most = max(job.max_attempts, number)
+    return f"attempt {number} of {most}"
+
+def _nobody_serves(queue_name: str) -> str:
+    return (f"no live worker serves queue `{queue_name}`; start one: "
+            f"queuectl worker start --queue {queue_name}")
 
 class _Explanation:
     """One job as it was read, and the sentence about it.
@@ -9372,7 +9377,7 @@ class _Explanation:
 
     def __init__(self, store: JobQueries, details: JobDetails,
                  now: datetime.datetime) -> None:
-        """`now` is the database's time, read before the details."""
+        """Takes a job as it was read, and the database's time then."""
         self.store = store
         self.database = store.database
         self.row = details.row
@@ -9406,7 +9411,7 @@ class _Explanation:
             return limited
         serving = self._serving()
         if not serving:
-            return self._nobody_serves()
+            return _nobody_serves(self.row.queue)
         if self._is_to_run_alone():
             return ("lost with its worker twice: "
                     "it runs alone, once a worker is idle")
@@ -9433,13 +9438,18 @@ class _Explanation:
                     f"resume it: queuectl queue resume {name}")
         if queue.max_running is None:
             return ""
+        return self._held_up_at(queue.max_running)
+
+    def _held_up_at(self, limit: int) -> str:
+        """Returns who has reached the limit of its queue, or ""."""
+        name = self.row.queue
         running = self.database.rows(
             str,
             "SELECT id FROM jobs WHERE state = 'processing' AND queue = %s",
             name)
-        if len(running) < queue.max_running:
+        if len(running) < limit:
             return ""
-        reached = f"limit {queue.max_running} of `{name}` reached"
+        reached = f"limit {limit} of `{name}` reached"
         # A limit of 0 is reached by none.
         if running:
             reached += f" by {abbreviated(running)}"
@@ -9454,11 +9464,6 @@ class _Explanation:
             if worker.state == "running" and worker.serves(self.row.queue):
                 serving.append(worker)
         return serving
-
-    def _nobody_serves(self) -> str:
-        name = self.row.queue
-        return (f"no live worker serves queue `{name}`; start one: "
-                f"queuectl worker start --queue {name}")
 
     def _is_to_run_alone(self) -> bool:
         """Returns whether it was lost so often that it must run alone."""
@@ -9496,16 +9501,16 @@ class _Explanation:
     def _later(self) -> str:
         """Returns when it is due, and what will hold it up then."""
         row = self.row
-        attempt = self._attempt(row.attempts + 1)
+        attempt = _attempt(row, row.attempts + 1)
         # A worker's next turn makes it pending. What holds up the pending ones
         # holds it up as well.
         if row.next_run_at and row.next_run_at <= self.now:
             return f"due ({attempt}): {self._pending()}"
         text = f"due in {self._since(row.next_run_at)} ({attempt})"
         if row.state == State.FAILED:
-            text += f"; {self._outcome(1)}"
+            text += f"; {_outcome(row, 1)}"
         if not self._serving():
-            text += f"; then {self._nobody_serves()}"
+            text += f"; then {_nobody_serves(row.queue)}"
         return text
 
     def _blocked(self) -> str:
@@ -9538,7 +9543,7 @@ class _Explanation:
     def _processing(self) -> str:
         """Returns where it runs, for how long, and what is amiss there."""
         row = self.row
-        run = self._attempt(row.attempts)
+        run = _attempt(row, row.attempts)
         if row.timeout:
             run += f", time limit {say_duration(row.timeout)}"
         for_how_long = self._since(row.started_at)
@@ -9604,26 +9609,13 @@ class _Explanation:
             alike = [run for run in self.history
                      if run.reason == row.reason
                      and run.exit_code == row.exit_code]
-            cause = self._outcome(len(alike))
+            cause = _outcome(row, len(alike))
             if line:
                 cause += f', last line "{line}"'
         return (f"dead: {cause}, {self._ago(row.finished_at)}; "
                 f"put it back: queuectl dlq retry {row.id}")
 
     # -- words
-
-    def _outcome(self, times: int) -> str:
-        """Returns how its last run ended, and how often runs ended so."""
-        row = self.row
-        what = str(row.reason)
-        if row.reason == Reason.EXIT:
-            what += f" {row.exit_code}"
-        return f"{what} {_times(times)}"
-
-    def _attempt(self, number: int) -> str:
-        # The setting max_retries may have been lowered since it ran.
-        most = max(self.row.max_attempts, number)
-        return f"attempt {number} of {most}"
 
     def _host(self, worker: str | None) -> str:
         """Returns the host of a worker."""
@@ -9649,171 +9641,310 @@ class _Explanation:
 
 # ---- diagnostics -------------------------------------------------------------
 #
-# What is off with a server, an account or a host, each with its remedy. Nothing here
-# changes a row.
-
-TABLES = ("jobs", "dependencies", "runs", "dlq", "workers", "queues", "schedules",
-          "config")
-SKEW_S, SPARE_CONNECTIONS, MANY_LETTERS = 2.0, 10, 100_000
+# What stands between here and a queue that works well: the connection, the
+# server's variables, the account's rights, the doorbell, and what the tables
+# tell. Each thing is one Check, which carries its remedy, and is told as it
+# comes. A check never changes a row, and only the one of the locks takes any.
 
 class Check(NamedTuple):
-    """One thing that was looked at, and what to do where it is not well."""
+    """One thing that was checked, and what to do where it is not well."""
     check: str
     ok: bool
     found: str
     remedy: str = ""
 
+# What SHOW VARIABLES and SHOW STATUS say, by name.
+ServerVariables = Mapping[str, str]
+
 def check_all(target: ConnectionInfo, settings: Settings) -> Iterator[Check]:
-    """What stands between here and the server, and in its tables."""
+    """Yields the checks of the server and the tables, each as it is made."""
+    # What a lock does is only seen from a second connection.
     with contextlib.closing(Database(target, READING)) as one, \
             contextlib.closing(Database(target, READING)) as two:
-        try:
-            yield Check("connection", bool(one.rows(int, "SELECT 1")),
-                        f"{target} (from {target.source}), account {target.user!r} "
-                        f"(from {target.account_source})")
-        except Problem as problem:
-            yield Check("connection", False, problem.what, problem.hint)
+        connection = _check_connection(one)
+        yield connection
+        # Each of the others would say the same once more.
+        if not connection.ok:
             return
         yield from _check_server(one)
         yield from _check_locks(one, two)
-        yield from _check_rights(one)
+        yield _check_rights(one)
         yield _check_doorbell(one, settings)
-        yield from _check_work(JobStore(one, settings))
+        yield from _check_work(JobQueries(one, settings))
 
-SERVER_VARIABLES = (
-    "log_bin", "transaction_isolation", "tx_isolation", "binlog_format",
-    "sync_binlog", "innodb_flush_log_at_trx_commit", "max_connections",
-    "max_allowed_packet")
+def _check_connection(database: Database) -> Check:
+    """Returns whether the server answers, and to whom."""
+    target = database.target
+    try:
+        answered = bool(database.rows(int, "SELECT 1"))
+    except Problem as problem:
+        return Check("connection", False, problem.what, problem.hint)
+    return Check(
+        "connection", answered,
+        f"{target} (from {target.source}), account {target.user!r} "
+        f"(from {target.account_source})")
 
-def _check_server(one: Database) -> Iterator[Check]:
-    """Looks at the server itself, and at the way to it."""
-    found: dict[str, str] = one.pairs(
-        "SHOW VARIABLES WHERE Variable_name IN %s", SERVER_VARIABLES)
-    status: dict[str, str] = one.pairs(
-        "SHOW STATUS WHERE Variable_name IN ('Ssl_cipher', 'Threads_connected')")
-    yield _check_release(one)
-    yield _check_tls(one.target, status.get("Ssl_cipher", ""))
-    yield _check_isolation(one, found)
-    yield _check_durability(found)
-    yield _check_clock(one)
-    packet = int(found["max_allowed_packet"])
-    yield Check("packet", packet >= 16 << 20, f"max_allowed_packet {packet >> 20} MiB",
-                "set it to 16 MiB or more: else large output is not stored")
-    yield _check_connections(one, int(found["max_connections"]),
-                             int(status["Threads_connected"]))
+# -- the server
 
-def _check_release(one: Database) -> Check:
-    """Looks whether the server's release knows SKIP LOCKED."""
-    least = (10, 6) if one.mariadb else (8, 0)
-    release = [int(part) for part in re.findall(r"\d+", one.version)[:2]]
-    return Check("server", release >= [*least], one.version,
-                 f"from {least[0]}.{least[1]} on claims do not wait for each other")
+# The isolation level is tx_isolation for MariaDB before 11.1, and
+# transaction_isolation for MySQL 8. A server leaves out what it does not know.
+VARIABLES_SQL = """
+    SHOW VARIABLES
+    WHERE Variable_name IN (
+        'log_bin', 'transaction_isolation', 'tx_isolation', 'binlog_format',
+        'sync_binlog', 'innodb_flush_log_at_trx_commit', 'max_connections',
+        'max_allowed_packet')"""
+STATUS_SQL = """
+    SHOW STATUS WHERE Variable_name IN ('Ssl_cipher', 'Threads_connected')"""
 
-def _check_tls(target: ConnectionInfo, cipher: str) -> Check:
-    """Looks whether the way to another host is encrypted."""
-    hosts = {host for host, _ in target.hosts} - {"127.0.0.1", "::1", "localhost"}
+def _check_server(database: Database) -> Iterator[Check]:
+    """Yields the checks of the server's release and of how it is set up."""
+    variables: dict[str, str] = database.pairs(VARIABLES_SQL)
+    status: dict[str, str] = database.pairs(STATUS_SQL)
+    yield _check_release(database)
+    yield _check_tls(database.target, status)
+    yield _check_isolation(database, variables)
+    yield _check_durability(variables)
+    yield _check_clock(database)
+    yield _check_packet(variables)
+    yield _check_connections(database, variables, status)
+
+# The first releases that know SKIP LOCKED.
+OLDEST_MARIADB = [10, 6]
+OLDEST_MYSQL = [8, 0]
+
+def _check_release(database: Database) -> Check:
+    """Returns whether the server is new enough for SKIP LOCKED."""
+    oldest = OLDEST_MARIADB if database.mariadb else OLDEST_MYSQL
+    digits = re.findall(r"\d+", database.version)
+    release = [int(part) for part in digits[:2]]
+    major, minor = oldest
+    return Check(
+        "server", release >= oldest, database.version,
+        f"from {major}.{minor} on claims do not wait for each other")
+
+# Whatever goes to these stays on this host, and needs no TLS.
+LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+
+def _check_tls(target: ConnectionInfo, status: ServerVariables) -> Check:
+    """Returns whether what leaves this host is encrypted."""
+    cipher = status.get("Ssl_cipher", "")
+    remote = {host for host, _ in target.hosts} - LOOPBACK
+    found = "none"
     if cipher:
-        sure = "verified" if target.ssl_mode.startswith("verify") else "not verified"
+        # The other modes encrypt, but take any certificate.
+        verified = target.ssl_mode.startswith("verify")
+        sure = "verified" if verified else "not verified"
         found = f"{cipher}, the server's certificate is {sure}"
-    else:
-        found = "none, by a socket" if target.socket else "none"
-    return Check("TLS", bool(cipher or not hosts), found,
-                 "set DB_SSL_MODE=required, or verify_identity and DB_SSL_CA")
+    elif target.socket:
+        found = "none, by a socket"
+    return Check(
+        "TLS", bool(cipher) or not remote, found,
+        "set DB_SSL_MODE=required, or verify_identity and DB_SSL_CA")
 
-def _check_isolation(one: Database, found: Mapping[str, str]) -> Check:
-    """Looks whether READ COMMITTED is to be had: not with statements in the log."""
-    level = found.get("transaction_isolation") or found.get("tx_isolation", "")
+def _check_isolation(database: Database, variables: ServerVariables) -> Check:
+    """Returns whether our transactions read what others have committed."""
+    level = variables.get("transaction_isolation")
+    if not level:
+        level = variables.get("tx_isolation", "")
     logged = "no binlog"
-    if found["log_bin"] == "ON":
-        logged = f"binlog_format {found.get('binlog_format')}"
-    return Check("isolation", level == "READ-COMMITTED" and one.read_committed,
-                 f"{level}, {logged}", "SET PERSIST binlog_format = 'ROW'")
+    if _has_binlog(variables):
+        logged = f"binlog_format {variables.get('binlog_format')}"
+    # Every session asks for READ COMMITTED. A binlog that logs statements
+    # refuses what it writes then, and room "database" falls back.
+    ok = level == "READ-COMMITTED" and database.read_committed
+    return Check(
+        "isolation", ok, f"{level}, {logged}",
+        "SET PERSIST binlog_format = 'ROW'")
 
-def _check_durability(found: Mapping[str, str]) -> Check:
-    """Looks whether each COMMIT reaches the disk before it is answered."""
+def _has_binlog(variables: ServerVariables) -> bool:
+    return variables["log_bin"] == "ON"
+
+def _check_durability(variables: ServerVariables) -> Check:
+    """Returns whether a COMMIT that was answered outlives a crash."""
     names = ["innodb_flush_log_at_trx_commit"]
-    if found["log_bin"] == "ON":
+    # After a crash the binlog decides which transactions stand, so that it
+    # must be on the disk as well.
+    if _has_binlog(variables):
         names.append("sync_binlog")
-    return Check("durability", all(found[name] == "1" for name in names),
-                 ", ".join(f"{name} {found[name]}" for name in names),
-                 "set them to 1: else a crash of the server loses what was "
-                 "acknowledged")
+    ok = all(variables[name] == "1" for name in names)
+    found = [f"{name} {variables[name]}" for name in names]
+    return Check(
+        "durability", ok, ", ".join(found),
+        "set them to 1: else a crash of the server loses "
+        "what was acknowledged")
 
-def _check_clock(one: Database) -> Check:
-    """Looks how far this host's clock and the database's are apart."""
-    [now] = one.rows(lambda now: now, "SELECT UTC_TIMESTAMP(6)")
+SKEW_S_MAX = 2.0
+
+def _check_clock(database: Database) -> Check:
+    """Returns whether this host's clock and the server's agree."""
+    there = database_time(database)
+    # The time columns are UTC without a zone, and Python compares no such
+    # time with one that has a zone.
     here = datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)
-    skew_s = abs((here - now).total_seconds())
-    return Check("clock", skew_s < SKEW_S, f"{skew_s:.1f} s apart",
-                 "run a time service: queuectl compares no clocks, its readers do")
+    skew_s = abs((here - there).total_seconds())
+    return Check(
+        "clock", skew_s < SKEW_S_MAX, f"{skew_s:.1f} s apart",
+        "run a time service: queuectl compares no clocks, its readers do")
 
-def _check_connections(one: Database, most: int, used: int) -> Check:
-    """Looks whether the server has connections to spare."""
-    [(processes, supervisors)] = one.rows(
-        lambda processes, supervisors: (processes, supervisors),
-        "SELECT COUNT(*), COUNT(DISTINCT host, supervisor) FROM workers "
-        "WHERE lost_at IS NULL")
-    return Check("connections", most - used >= SPARE_CONNECTIONS,
-                 f"{used} of {most} in use; the workers here want {processes} and "
-                 f"{supervisors} more", "raise max_connections")
+MIB = 1 << 20
+PACKET_MIB_MIN = 16
+
+def _check_packet(variables: ServerVariables) -> Check:
+    """Returns whether a run's output fits into one statement."""
+    packet_mib = int(variables["max_allowed_packet"]) // MIB
+    return Check(
+        "packet", packet_mib >= PACKET_MIB_MIN,
+        f"max_allowed_packet {packet_mib} MiB",
+        "set it to 16 MiB or more: else large output is not stored")
+
+# So many are to be left for people, and for whatever else uses the server.
+SPARE_CONNECTIONS = 10
+
+class WorkerProcesses(NamedTuple):
+    """How many processes of live workers there are."""
+    workers: int
+    supervisors: int
+
+def _check_connections(database: Database, variables: ServerVariables,
+                       status: ServerVariables) -> Check:
+    """Returns whether the server has connections to spare."""
+    [processes] = database.records(
+        WorkerProcesses,
+        """
+        SELECT COUNT(*) AS workers,
+               COUNT(DISTINCT host, supervisor) AS supervisors
+          FROM workers
+         WHERE lost_at IS NULL
+        """)
+    most = int(variables["max_connections"])
+    used = int(status["Threads_connected"])
+    # A worker keeps one, and a supervisor's doorbell is one more.
+    return Check(
+        "connections", most - used >= SPARE_CONNECTIONS,
+        f"{used} of {most} in use; the workers here want {processes.workers} "
+        f"and {processes.supervisors} more",
+        "raise max_connections")
+
+# -- locks and rights
 
 def _check_locks(one: Database, two: Database) -> Iterator[Check]:
-    """Looks whether SKIP LOCKED locks, and at the schema."""
-    def probe(cursor: Cursor) -> bool:
-        [version] = cursor.rows(str, f"{SCHEMA_ROW} FOR UPDATE")
-        found = two.rows(str, f"{SCHEMA_ROW} FOR UPDATE SKIP LOCKED")
-        return not found and bool(version)
-    try:
-        skipped = bool(two.read(two.skip_locked)) and one.transact(probe)
-        yield Check("SKIP LOCKED", skipped, "a locked row is passed over" if skipped
-                    else "it locks nothing here", "claims are right, only slower")
-    except Problem as problem:
-        yield Check("SKIP LOCKED", False, problem.what, problem.hint)
-    [version] = one.rows(str, SCHEMA_ROW)
-    yield Check("schema", True, f"schema {version.partition('/')[0]}, this program's "
-                f"{SCHEMA_VERSION}")
+    """Yields whether SKIP LOCKED passes over a locked row, and the schema.
 
-def _check_rights(one: Database) -> Iterator[Check]:
-    """Looks which rights the account lacks, by statements that change nothing."""
+    `one` locks the schema's row, and `two` is to find it missing.
+    """
+    def is_passed_over(cursor: Cursor) -> bool:
+        """Returns whether `two` does not see what `one` has locked."""
+        locked = cursor.rows(str, f"{SCHEMA_ROW} FOR UPDATE")
+        seen = two.rows(str, f"{SCHEMA_ROW} FOR UPDATE SKIP LOCKED")
+        return bool(locked) and not seen
+
+    # A server may take the words and not heed them, as TiDB does. Claims then
+    # wait for each other, and are right all the same.
+    try:
+        understood = bool(two.read(two.skip_locked))
+        skipped = understood and one.transact(is_passed_over)
+        found, hint = "it locks nothing here", "claims are right, only slower"
+        if skipped:
+            found = "a locked row is passed over"
+    except Problem as problem:
+        skipped, found, hint = False, problem.what, problem.hint
+    yield Check("SKIP LOCKED", skipped, found, hint)
+    [version] = one.rows(str, SCHEMA_ROW)
+    # What follows the slash says which programs may still write.
+    schema, _, _ = version.partition("/")
+    yield Check(
+        "schema", True, f"schema {schema}, this program's {SCHEMA_VERSION}")
+
+TABLES = ("jobs", "dependencies", "runs", "dlq", "workers", "queues",
+          "schedules", "config")
+
+def _check_rights(database: Database) -> Check:
+    """Returns whether the account may do what workers do."""
     lacking = []
     for table in TABLES:
-        into, what = ("jobs (command)", "command") if table == "jobs" else (table, "*")
-        nothing = f"FROM {table} WHERE FALSE"
-        for right, statement in (
-                ("SELECT", f"SELECT 1 {nothing}"), ("DELETE", f"DELETE {nothing}"),
-                ("INSERT", f"INSERT INTO {into} SELECT {what} {nothing}")):
+        for right, statement in _harmless_statements(table).items():
             try:
-                one.run(statement)
+                database.run(statement)
             except Problem:
                 lacking.append(f"{right} on {table}")
-    yield Check("rights", not lacking, f"lacking: {', '.join(lacking)}" if lacking
-                else "all that workers need", "grant them: README, Accounts")
+    found = "all that workers need"
+    if lacking:
+        found = f"lacking: {', '.join(lacking)}"
+    return Check(
+        "rights", not lacking, found, "grant them: README, Accounts")
 
-def _check_doorbell(one: Database, settings: Settings) -> Check:
-    """Looks whether a parked sleep can be rung, and how fast."""
+def _harmless_statements(table: str) -> dict[str, str]:
+    """Returns for each right a statement that needs it, and touches no row."""
+    into, columns = table, "*"
+    # `jobs` has generated columns, which take no value.
+    if table == "jobs":
+        into, columns = "jobs (command)", "command"
+    # The server checks the rights before it finds that there is no row.
+    nothing = f"FROM {table} WHERE FALSE"
+    return {
+        "SELECT": f"SELECT 1 {nothing}",
+        "DELETE": f"DELETE {nothing}",
+        "INSERT": f"INSERT INTO {into} SELECT {columns} {nothing}"}
+
+# -- the doorbell
+
+# After so long without an answer the doorbell counts as broken.
+RUNG_WITHIN_S = 2
+
+def _check_doorbell(database: Database, settings: Settings) -> Check:
+    """Returns whether a parked sleep can be ended, and in what time."""
     if settings.doorbell != "on":
-        return Check("doorbell", True, "switched off: the poll finds the work")
-    rung, name = threading.Event(), f"check-{secrets.token_hex(4)}"
-    Doorbell(one.target, f"{name} -", rung.set).park()
-    until, started = time.monotonic() + 2, 0.0
-    while not rung.is_set() and time.monotonic() < until:
-        time.sleep(0.05)  # until it is parked
-        started = time.monotonic()
-        ring(one, worker=name)
-        rung.wait(0.2)
-    took = (time.monotonic() - started) * 1e3
-    return Check("doorbell", rung.is_set(), f"rings in {took:.1f} ms" if rung.is_set()
-                 else "cannot be rung", "config set doorbell off: the poll finds work")
+        return Check(
+            "doorbell", True, "switched off: the poll finds the work")
+    # A name that no worker has: no worker is woken by our rings.
+    name = f"check-{secrets.token_hex(4)}"
+    rung = threading.Event()
+    doorbell = Doorbell(database.target, f"{name} -", rung.set)
+    doorbell.park()
+    took_s = _ring_until(database, name, rung)
+    found = "cannot be rung"
+    if rung.is_set():
+        found = f"rings in {took_s * 1e3:.1f} ms"
+    return Check(
+        "doorbell", rung.is_set(), found,
+        "config set doorbell off: the poll finds work")
 
-def _check_work(store: JobStore) -> Iterator[Check]:
-    """Looks for queues that nobody serves, and for too many dead letters."""
-    idle = store.unserved()
-    yield Check("queues", not idle, f"no live worker serves {abbreviated(idle)}, where "
-                "jobs wait" if idle else "all that may run now are served",
-                f"start one: queuectl worker start --queue {','.join(idle)}")
+def _ring_until(database: Database, name: str, rung: threading.Event) -> float:
+    """Rings until `rung` is set, or for RUNG_WITHIN_S.
+
+    Returns how many seconds the last ring took.
+    """
+    until = time.monotonic() + RUNG_WITHIN_S
+    started = 0.0
+    while not rung.is_set() and time.monotonic() < until:
+        # The sleep is parked by a thread that has to connect first; a ring
+        # that comes before it wakes nobody, and is done again.
+        time.sleep(0.05)
+        started = time.monotonic()
+        ring(database, worker=name)
+        rung.wait(0.2)
+    return time.monotonic() - started
+
+# -- what the tables tell
+
+DEAD_LETTERS_MAX = 100_000
+
+def _check_work(store: JobQueries) -> Iterator[Check]:
+    """Yields whether all queues are served, and how many jobs are dead."""
+    unserved = store.unserved()
+    found = "all that may run now are served"
+    if unserved:
+        names = abbreviated(unserved)
+        found = f"no live worker serves {names}, where jobs wait"
+    queues = ",".join(unserved)
+    yield Check(
+        "queues", not unserved, found,
+        f"start one: queuectl worker start --queue {queues}")
     dead = store.count_dead_letters(SqlCondition("TRUE", ()))
-    yield Check("dead letters", dead <= MANY_LETTERS, f"{dead:,}",
-                "see: queuectl dlq groups; then dlq retry or purge --state dead")
+    yield Check(
+        "dead letters", dead <= DEAD_LETTERS_MAX, f"{dead:,}",
+        "see: queuectl dlq groups; then dlq retry or purge --state dead")
 
 
 # ---- commands ----------------------------------------------------------------
