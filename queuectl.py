@@ -2542,8 +2542,10 @@ class Database:
                 result = attempt()
             except _Driver().MySQLError as error:
                 self._on_failure(error, tries)
-            except Exception:
-                # The next BEGIN would commit what was left half done.
+            except BaseException:
+                # The next BEGIN would commit what was left half done. And after
+                # Ctrl-C the answer that is on its way would be taken for the
+                # next statement's.
                 self.close()
                 raise
             else:
