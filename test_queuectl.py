@@ -62,6 +62,56 @@ SCALED = {
     "QUEUECTL_KILL_GRACE": "1",
     "QUEUECTL_BACKOFF_MAX": "0.3",
 }
+# The program by a door that keeps the compiled file, which spares 0.12 s of each start.
+# With the path of a socket it is loaded once, and forks for each command that comes by
+# it, which spares as much again.
+DOOR_PY = """
+import json, os, signal, socket, sys, time
+
+sys.pycache_prefix = %(folder)r
+sys.dont_write_bytecode = False
+sys.path[0] = %(here)r
+import queuectl
+
+
+def serve(listener):
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        asked, _ = listener.accept()
+        if not os.fork():
+            listener.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            return asked
+        asked.close()
+
+
+def become_command(asked):
+    _, streams, _, _ = socket.recv_fds(asked, 1, 3)
+    command = json.loads(asked.makefile().read())
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        asked.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+        os._exit(0)
+    asked.close()
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.chdir(command["cwd"])
+    os.environ.clear()
+    os.environ.update(command["env"])
+    time.tzset()
+    sys.argv[1:] = command["argv"]
+
+
+if sys.argv[1:2] == ["--forks"]:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(sys.argv[2])
+    listener.listen(16)
+    print(flush=True)
+    become_command(serve(listener))
+sys.exit(queuectl.main())
+"""
 slow = unittest.skipUnless(
     os.environ.get("QUEUECTL_SLOW_TESTS"), "QUEUECTL_SLOW_TESTS=1"
 )
@@ -76,14 +126,11 @@ def setUpModule() -> None:
     )
     QueueCase.server.start()
     unittest.addModuleCleanup(QueueCase.server.stop)
-    # Commands are run by a door that keeps the compiled file: that spares 70 ms each.
     QueueCase.door = os.path.join(folder, "door.py")
     with open(QueueCase.door, "w") as file:
-        file.write(
-            f"import sys\nsys.pycache_prefix = {folder!r}\nsys.path[0] = {HERE!r}\n"
-            "sys.dont_write_bytecode = False\n"
-            "import queuectl\nsys.exit(queuectl.main())\n"
-        )
+        file.write(DOOR_PY % {"folder": folder, "here": HERE})
+    QueueCase.forks = Forks(QueueCase.door, os.path.join(folder, "forks"))
+    unittest.addModuleCleanup(QueueCase.forks.close)
     with QueueCase.connection(password="", database=None) as database:
         database.cursor().execute(
             "ALTER USER root@localhost IDENTIFIED BY %s", (QueueCase.password,)
@@ -100,6 +147,45 @@ def setUpModule() -> None:
             "DB_PASSWORD": QueueCase.password,
         },
     )
+
+
+class Forks:
+    """A process that has the program loaded, and forks for each command."""
+
+    def __init__(self, door: str, path: str) -> None:
+        self.path = path
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", door, "--forks", path],
+            stdout=subprocess.PIPE,
+            env=plain_environment(),
+        )
+        assert self.process.stdout
+        self.process.stdout.readline()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def run(
+        self, argv: Sequence[str], stdin: bytes, cwd: str, env: Mapping[str, str]
+    ) -> subprocess.CompletedProcess[bytes]:
+        """What a command came to, within 60 s."""
+        command = {"argv": argv, "cwd": cwd, "env": env}
+        with contextlib.ExitStack() as stack:
+            streams = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
+            streams[0].write(stdin)
+            streams[0].seek(0)
+            ours = stack.enter_context(socket.socket(socket.AF_UNIX))
+            ours.settimeout(60)
+            ours.connect(self.path)
+            socket.send_fds(ours, [b"!"], [stream.fileno() for stream in streams])
+            ours.sendall(json.dumps(command).encode())
+            ours.shutdown(socket.SHUT_WR)
+            status = int(ours.recv(16))
+            for stream in streams:
+                stream.seek(0)
+            said = [stream.read() for stream in streams[1:]]
+        return subprocess.CompletedProcess(argv, status, *said)
 
 
 class Reported(unittest.TestCase):
@@ -291,7 +377,8 @@ class QueueCase(unittest.TestCase):
 
     server: queuectl.PrivateServer
     door: str
-    script = SCRIPT
+    forks: Forks
+    script = ""
     password = secrets.token_hex(12)
     settings: Mapping[str, str] = SCALED
 
@@ -358,15 +445,22 @@ class QueueCase(unittest.TestCase):
     def run_queuectl(
         self, *argv: str, stdin: bytes = b"", **variables: str
     ) -> subprocess.CompletedProcess[bytes]:
-        done = subprocess.run(
-            [sys.executable, self.door, *argv],
-            input=stdin,
-            cwd=self.folder,
-            capture_output=True,
-            timeout=60,
-            check=False,
-            env={**self.environment, **variables},
-        )
+        env = {**self.environment, **variables}
+        # What a process was started with stays its environment in /proc, and Python
+        # reads its own variables as it starts.
+        afresh = argv[1:2] == ("start",) or "PYTHONPATH" in variables
+        if afresh or self.door != QueueCase.door:
+            done = subprocess.run(
+                [sys.executable, self.door, *argv],
+                input=stdin,
+                cwd=self.folder,
+                capture_output=True,
+                timeout=60,
+                check=False,
+                env=env,
+            )
+        else:
+            done = self.forks.run(argv, stdin, self.folder, env)
         self.assertNotIn(self.password.encode(), done.stdout + done.stderr)
         return done
 
@@ -400,7 +494,7 @@ class QueueCase(unittest.TestCase):
         log = self.path(f"background-{time.monotonic_ns()}.log")
         with open(log, "wb") as file:
             process = subprocess.Popen(
-                [sys.executable, self.script, *argv],
+                [sys.executable, self.script or self.door, *argv],
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
@@ -503,7 +597,10 @@ class WorkCase(QueueCase):
         log = self.path(f"background-{time.monotonic_ns()}.log")
         with open(log, "wb") as file:
             process = subprocess.Popen(
-                [*wrap, sys.executable, SCRIPT, "worker", "start", f"--count={count}"],
+                [
+                    *(*wrap, sys.executable, self.door),
+                    *("worker", "start", f"--count={count}"),
+                ],
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
@@ -2099,9 +2196,9 @@ class EnqueueTest(QueueCase):
     def test_an_enqueue_of_many_lines_takes_no_more_memory_than_one_of_few(
         self,
     ) -> None:
-        few, many = map(self.most_memory, (5_000, 100_000))
+        few, many = map(self.most_memory, (4_000, 40_000))
         self.assertLess(many, few * 1.2)
-        self.assertEqual(self.sql("SELECT COUNT(*) FROM jobs"), [(105_000,)])
+        self.assertEqual(self.sql("SELECT COUNT(*) FROM jobs"), [(44_000,)])
 
     def test_a_job_comes_in_every_form(self) -> None:
         with open(self.path("jobs"), "w") as file:
@@ -2551,6 +2648,23 @@ class LostAnswers(WorkCase):
         self.environment["DB_SOCKET"] = self.server.socket
 
 
+class InterruptedStatements(WorkCase):
+    """A statement whose answer nobody waits for any more."""
+
+    def test_its_answer_is_not_taken_for_that_of_the_next(self) -> None:
+        database = self.reach()
+        self.assertEqual(database.rows(int, "SELECT 1"), [1])
+        with (
+            unittest.mock.patch(
+                "pymysql.connections.Connection._read_query_result",
+                side_effect=KeyboardInterrupt,
+            ),
+            self.assertRaises(KeyboardInterrupt),
+        ):
+            database.rows(int, "SELECT 2")
+        self.assertEqual(database.rows(int, "SELECT 3"), [3])
+
+
 class LostCommits(WorkCase):
     """A COMMIT that the server never saw, or whose answer was lost, for every caller of
     `transact`: what is told of it holds, and no transaction is left open."""
@@ -2810,7 +2924,7 @@ class Resets(WorkCase):
     def setUp(self) -> None:
         super().setUp()
         ignore_resources(self)
-        self.jobs = int(os.environ.get("QUEUECTL_RESETS", "60"))
+        self.jobs = int(os.environ.get("QUEUECTL_RESETS", "40"))
         self.seed = int(os.environ.get("QUEUECTL_SEED", str(time.time_ns() % 10**6)))
 
     def use(self, proxy: Proxy) -> None:
@@ -3927,7 +4041,7 @@ class Upgrades(WorkCase):
 
     def test_an_older_schema_is_upgraded_under_load_and_its_workers_stop(self) -> None:
         old = [self.worker("--count", "4") for _ in range(2)]
-        self.put_many(600, "echo x >> ran; sleep 0.1; echo x >> done")
+        self.put_many(4000, "echo x >> ran; sleep 0.1; echo x >> done")
         long = self.put("sleep 2; echo x >> done", priority=1)
         self.wait_lines("done", 20)
         self.use(self.release("newer.py", 2))
@@ -3949,12 +4063,16 @@ class Upgrades(WorkCase):
         self.assertEqual(self.state(long), State.COMPLETED)
         self.assertEqual(self.counts().get("processing"), None)
         self.assertEqual(len(self.lines("ran")), len(self.lines("done")) - 1)
-        self.assertLess(len(self.lines("done")), 601)
+        done, left = len(self.lines("done")), int(str(self.counts()["pending"]))
+        self.sql(
+            "DELETE FROM jobs WHERE state = 'pending' ORDER BY seq DESC LIMIT %s",
+            left - 40,
+        )
         self.drain("--count", "8")
-        self.assertEqual(self.counts(), {"completed": 601})
+        self.assertEqual(self.counts(), {"completed": done + 40})
         # One claimed by a worker that stops is handed back, not started.
         self.assertEqual(self.sql("SELECT DISTINCT attempts FROM jobs"), [(1,)])
-        self.assertEqual(len(self.lines("done")), 601)
+        self.assertEqual(len(self.lines("done")), done + 40)
         self.use(SCRIPT)
         for argv in (["list"], ["db", "init"], ["worker", "start"]):
             self.queuectl(*argv, status=69)
@@ -5672,10 +5790,17 @@ class Dependencies(WorkCase):
     def explain(self, job_id: str) -> str:
         return self.queuectl("explain", job_id)
 
-    def test_a_chain_of_a_thousand_runs_in_its_order(self) -> None:
-        self.chain(1000, "echo $QUEUECTL_JOB_ID >> ran")
+    def runs_in_its_order(self, length: int) -> None:
+        self.chain(length, "echo $QUEUECTL_JOB_ID >> ran")
         self.drain("--count", "4")
-        self.assertEqual(self.lines("ran"), [f"c{at}" for at in range(1000)])
+        self.assertEqual(self.lines("ran"), [f"c{at}" for at in range(length)])
+
+    def test_a_chain_runs_in_its_order(self) -> None:
+        self.runs_in_its_order(200)
+
+    @slow
+    def test_a_chain_of_a_thousand_runs_in_its_order(self) -> None:
+        self.runs_in_its_order(1000)
 
     def test_a_fan_in_of_a_thousand_runs_once_after_all(self) -> None:
         ids = [f"p{at}" for at in range(1000)]
