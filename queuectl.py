@@ -2292,23 +2292,28 @@ class Connector:
         if session.mariadb:
             limit = "max_statement_time"
         # The server must give up a lock before we give up the server: our
-        # giving up would leave the session there, with the locks that it has.
-        lock_wait_s = max(1, min(10, int(timeout_s) - 1))
+        # giving up would leave the session there, with the locks that it has
+        # and the place that it takes. So it is for rows, and for what whole
+        # tables wait for: an ALTER, LOCK TABLES, FLUSH TABLES WITH READ LOCK.
+        longest_s = min(10.0, timeout_s - 1, policy.retry_for_s)
+        lock_wait_s = max(1, int(longest_s))
         # A session that a partition left behind has locks: it must end.
         idle_s = int(4 * policy.timeout_s)
         cursor.execute("SET SESSION sql_mode = 'STRICT_ALL_TABLES', "
                        f"time_zone = '+00:00', {limit} = 0, completion_type = 0, "
                        f"innodb_lock_wait_timeout = {lock_wait_s}, "
+                       f"lock_wait_timeout = {lock_wait_s}, "
                        f"wait_timeout = {idle_s}")
         level = "REPEATABLE READ"
         if read_committed:
             level = "READ COMMITTED"
         cursor.execute(f"SET SESSION TRANSACTION ISOLATION LEVEL {level}")
-        if not self._bare:
-            check_schema(cursor.value(SCHEMA_ROW), self._target.database)
-        # From here on the caller's own patience holds, no more the login's.
+        # From here on the caller's own patience holds, no more the login's: it
+        # is longer than a wait for a lock, and the next statement reads a table.
         patience = dataclasses.replace(policy, timeout_s=timeout_s)
         session.wire.answer_s = patience.answer_s
+        if not self._bare:
+            check_schema(cursor.value(SCHEMA_ROW), self._target.database)
 
 def _as_driver_error(error: Exception) -> Exception:
     """Returns the error that PyMySQL should have raised while connecting."""

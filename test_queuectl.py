@@ -4699,6 +4699,52 @@ class Outages(WorkCase):
             self.assertIn("trying again", told[0])
             self.assertRegex(told[1], r"the database is back after 1 m [23]\d s")
 
+    locked_s = 3.2  # longer than the lease
+    locks = (
+        f"LOCK TABLES {', '.join(f'{table} READ' for table in TABLES)}",
+        "FLUSH TABLES WITH READ LOCK",
+    )
+
+    def connections(self) -> int:
+        """How many there are to the server, beside our own."""
+        found = self.sql(
+            "SELECT COUNT(*) FROM information_schema.processlist WHERE user = 'root'"
+        )
+        return int(str(found[0][0])) - 2
+
+    def test_work_waits_for_a_dump_and_leaves_no_connection_behind(self) -> None:
+        workers = [self.worker("--count", "2") for _ in range(3)]
+        processes = sum(len(worker.children()) for worker in workers)
+        for statement in self.locks:
+            with self.subTest(statement), self.connection() as dump:
+                self.sql("DELETE FROM jobs")
+                self.put_many(30, "sleep 0.1")
+                self.wait_until(lambda: self.counts().get("completed"), "they run")
+                dump.cursor().execute(statement)
+                most, until = 0, time.monotonic() + self.locked_s
+                while time.monotonic() < until:
+                    most = max(most, self.connections())
+                    time.sleep(0.02)
+                left = 30 - int(str(self.counts().get("completed", 0)))
+                dump.cursor().execute("UNLOCK TABLES")
+                self.assertGreater(left, 0)
+                self.assertLessEqual(most, processes + len(workers) + 1)
+                self.wait_ended(30)
+        # Some may have been handed back, since their claims were too old to start.
+        self.assertEqual(self.sql("SELECT DISTINCT attempts FROM jobs"), [(1,)])
+        self.assertEqual(self.sql("SELECT 1 FROM workers WHERE lost_at > 0"), [])
+        for worker in workers:
+            self.assertNotIn("lost", worker.said())
+            self.assertEqual(len(worker.children()), processes // 3)
+
+    @slow
+    def test_work_waits_for_a_dump_of_a_minute(self) -> None:
+        self.locked_s = 60.0
+        self.locks = self.locks[:1]
+        for name in SCALED:
+            del self.environment[name]
+        self.test_work_waits_for_a_dump_and_leaves_no_connection_behind()
+
     def test_a_second_signal_ends_a_worker_in_a_black_hole(self) -> None:
         self.put("trap '' TERM; echo > started; while :; do sleep 1; done")
         worker = self.worker("--count", "2")
