@@ -5910,25 +5910,24 @@ class ParkedSleep(NamedTuple):
             return True
         return not self.queues.isdisjoint(queues)
 
+OLDER_PROCESS_LIST = "information_schema.processlist"
+
 def _process_list(database: Database) -> str:
     """Returns the table of the server's connections and their statements."""
-    older = "information_schema.processlist"
     if database.mariadb:
-        return older
-    digits = re.findall(r"\d+", database.version)
-    version = [int(part) for part in digits[:3]]
+        return OLDER_PROCESS_LIST
     # The newer one came with 8.0.22. MySQL deprecates the older, which holds
     # up all connections while it is read.
-    if version < [8, 0, 22]:
-        return older
+    if release_of(database.version) < [8, 0, 22]:
+        return OLDER_PROCESS_LIST
     return "performance_schema.processlist"
 
 def _parked_sleeps(cursor: Cursor, process_list: str) -> list[ParkedSleep]:
     """Returns the sleeps that are parked in this database."""
-    def parked(connection: int, statement: str) -> ParkedSleep | None:
+    def parked(connection: int, statement: str | None) -> ParkedSleep | None:
         """Returns what a row of the process list stands for."""
         # What is merely like ours is left alone.
-        match = PARKED.fullmatch(statement)
+        match = PARKED.fullmatch(statement or "")
         if not match:
             return None
         worker, queues = match.groups()
@@ -5937,8 +5936,11 @@ def _parked_sleeps(cursor: Cursor, process_list: str) -> list[ParkedSleep]:
     rows = cursor.rows(
         parked,
         f"SELECT id, info FROM {process_list} "
-        "WHERE db = DATABASE() AND info LIKE %s",
+        "WHERE db = DATABASE() AND info LIKE %s OR id = CONNECTION_ID()",
         f"SELECT SLEEP(%) /* {DOORBELL} %")
+    # Not even we are in the list: performance_schema is switched off.
+    if not rows and process_list != OLDER_PROCESS_LIST:
+        return _parked_sleeps(cursor, OLDER_PROCESS_LIST)
     return [sleep for sleep in rows if sleep]
 
 def _end_sleep(cursor: Cursor, connection: int) -> None:

@@ -3309,6 +3309,20 @@ class Doorbells(WorkCase):
         queuectl.ring(self.reach(), 1, {"mail", "etl"})
         self.wait_until(lambda: etl, "it was rung")
 
+    def test_a_bell_is_found_where_performance_schema_is_switched_off(self) -> None:
+        # Then its list of processes is there, and empty.
+        self.addCleanup(self.sql, "DROP VIEW no_processes")
+        self.sql(
+            "CREATE OR REPLACE VIEW no_processes AS "
+            "SELECT id, info, db FROM information_schema.processlist WHERE FALSE"
+        )
+        rung: list[int] = []
+        self.bell(rung)
+        self.wait_until(self.bells, "it has parked")
+        with unittest.mock.patch("queuectl._process_list", lambda _: "no_processes"):
+            queuectl.ring(self.reach())
+        self.wait_until(lambda: rung, "it was rung", 5)
+
     def test_with_the_doorbell_off_nobody_parks_and_the_poll_finds_the_work(
         self,
     ) -> None:
