@@ -2651,14 +2651,37 @@ def check_schema(row: object, database: str) -> None:
                 f"this program needs ({SCHEMA_VERSION})")
         raise Problem(what, "run: queuectl db init", UNAVAILABLE)
 
+# MySQL before this one has no default that is an expression, and so no column
+# whose default is the time in UTC.
+OLDEST_MYSQL = [8, 0, 13]
+OLDEST_MARIADB = [10, 6]
+
+def release_of(version: str) -> list[int]:
+    """Returns the numbers that a server's version begins with."""
+    digits = re.findall(r"\d+", version)
+    return [int(part) for part in digits[:3]]
+
+def check_server(version: str) -> None:
+    """Raises a Problem for a MySQL that cannot have our tables."""
+    # Others give the number of the MySQL that they resemble.
+    mysql = not re.search("MariaDB|TiDB|Vitess|aurora", version)
+    if mysql and release_of(version) < OLDEST_MYSQL:
+        what = (f"the server is MySQL {excerpt(version)}, which cannot have "
+                "queuectl's tables (a default that is an expression): nothing "
+                "was changed")
+        hint = "use MySQL from 8.0.13 on, or MariaDB from 10.6 on"
+        raise Problem(what, hint, UNAVAILABLE)
+
 def init_database(target: ConnectionInfo) -> str:
     """Creates or upgrades the database and its tables; says what was done.
 
-    Refused, with nothing changed: tables newer than this program, and a `jobs`
-    table that is not ours. Two at once wait for each other by a named lock.
+    Refused, with nothing changed: a server that is too old, tables newer than
+    this program, and a `jobs` table that is not ours. Two at once wait for each
+    other by a named lock.
     """
     def work(cursor: Cursor) -> str:
         """Returns what was done, as a sentence."""
+        check_server(database.version)
         _enter_database(cursor, target.database)
         lock = f"queuectl:{target.database}"[:64]
         if not cursor.value("SELECT GET_LOCK(%s, 10)", lock):
@@ -9720,19 +9743,13 @@ def _check_server(database: Database) -> Iterator[Check]:
     yield _check_packet(variables)
     yield _check_connections(database, variables, status)
 
-# The first releases that know SKIP LOCKED.
-OLDEST_MARIADB = [10, 6]
-OLDEST_MYSQL = [8, 0]
-
 def _check_release(database: Database) -> Check:
     """Returns whether the server is new enough for SKIP LOCKED."""
     oldest = OLDEST_MARIADB if database.mariadb else OLDEST_MYSQL
-    digits = re.findall(r"\d+", database.version)
-    release = [int(part) for part in digits[:2]]
-    major, minor = oldest
+    needed = ".".join(map(str, oldest))
     return Check(
-        "server", release >= oldest, database.version,
-        f"from {major}.{minor} on claims do not wait for each other")
+        "server", release_of(database.version) >= oldest, database.version,
+        f"from {needed} on claims do not wait for each other")
 
 # Whatever goes to these stays on this host, and needs no TLS.
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}

@@ -1497,6 +1497,34 @@ class SchemaTest(QueueCase):
         self.sql("UPDATE queuectl_other.config SET value = '2/1'")
         self.queuectl("list", **self.other)
 
+    def test_a_mysql_that_is_too_old_for_the_tables_is_refused_plainly(self) -> None:
+        for version in ("5.7.44-log", "8.0.12", "5.6.51"):
+            with self.assertRaises(queuectl.Problem) as caught:
+                queuectl.check_server(version)
+            said = f"{caught.exception.what}; {caught.exception.hint}"
+            self.assertIn(f"the server is MySQL {version}, which cannot", said)
+            self.assertIn("use MySQL from 8.0.13 on, or MariaDB from 10.6", said)
+        for version in ("8.0.13", "9.7.0", "10.6.1-MariaDB", "5.7.25-TiDB-v7.5.0"):
+            queuectl.check_server(version)
+        connect = queuectl.Connector.connect
+
+        def old(
+            self: queuectl.Connector, policy: queuectl.RetryPolicy, committed: bool
+        ) -> queuectl.Session:
+            session = connect(self, policy, committed)
+            return dataclasses.replace(session, version="5.7.44-log")
+
+        environment = queuectl.Environment(
+            (("test", {**self.environment, **self.other}),)
+        )
+        target = queuectl.find_connection(environment)
+        with (
+            unittest.mock.patch("queuectl.Connector.connect", old),
+            self.assertRaisesRegex(queuectl.Problem, "MySQL 5.7.44-log"),
+        ):
+            queuectl.init_database(target)
+        self.assertEqual(self.tables(), 0)
+
     def test_an_application_enqueues_by_insert_in_any_session(self) -> None:
         with self.database.cursor() as cursor:
             cursor.execute("SET time_zone = '+02:00', sql_mode = ''")
