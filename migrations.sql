@@ -7,7 +7,7 @@ USE `queuectl`;
 CREATE TABLE IF NOT EXISTS config (
   `key`      VARCHAR(64) NOT NULL PRIMARY KEY,
   value      VARCHAR(1024) COLLATE utf8mb4_bin NOT NULL,
-  changed_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6))
+  changed_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6) + INTERVAL 0 SECOND)
 ) ENGINE = InnoDB DEFAULT CHARACTER SET ascii COLLATE ascii_bin;
 INSERT IGNORE INTO config (`key`, value) VALUES
   ('schema_version', '1/1');
@@ -15,9 +15,11 @@ INSERT IGNORE INTO config (`key`, value) VALUES
 -- Every column but `command` has a default, so that an application may enqueue with
 -- INSERT INTO jobs (command) VALUES ('...') inside its own transaction. Lengths have
 -- some room, so that a session without a strict mode is refused what it would cut.
+-- A dump of either server loads into the other: MySQL writes REGEXP as a function that
+-- MariaDB lacks, and MariaDB writes a default that is a mere call as MySQL reads none.
 CREATE TABLE IF NOT EXISTS jobs (
   seq         BIGINT UNSIGNED NOT NULL AUTO_INCREMENT PRIMARY KEY,
-  id          VARCHAR(160) NOT NULL DEFAULT (UUID()),
+  id          VARCHAR(160) NOT NULL DEFAULT (CAST(UUID() AS CHAR)),
   command     MEDIUMTEXT COLLATE utf8mb4_bin NOT NULL,
   queue       VARCHAR(80) NOT NULL DEFAULT 'default',
   state       VARCHAR(20) NOT NULL DEFAULT 'pending',
@@ -35,8 +37,8 @@ CREATE TABLE IF NOT EXISTS jobs (
            (CASE WHEN state IN ('completed', 'dead', 'cancelled') THEN NULL
                  ELSE unique_key END) STORED,
   touched INT NOT NULL DEFAULT 0, has_children TINYINT NOT NULL DEFAULT 0,
-  next_run_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
-  created_at  DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
+  next_run_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6) + INTERVAL 0 SECOND),
+  created_at  DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6) + INTERVAL 0 SECOND),
   started_at  DATETIME(6) NULL, finished_at DATETIME(6) NULL,
   cancel_requested_at DATETIME(6) NULL, duration DOUBLE NULL, exit_code INT NULL,
   reason VARCHAR(16) NULL, worker VARCHAR(64) NULL, token CHAR(16) NULL,
@@ -46,17 +48,19 @@ CREATE TABLE IF NOT EXISTS jobs (
   KEY jobs_due (state, next_run_at),
   CONSTRAINT jobs_state CHECK (state IN ('pending', 'processing', 'completed', 'failed',
                                          'dead', 'scheduled', 'blocked', 'cancelled')
-                               AND state NOT REGEXP '[^a-z]'),
-  CONSTRAINT jobs_id_form CHECK (LENGTH(id) <= 128 AND id REGEXP '^[A-Za-z0-9]'
-                                 AND id NOT REGEXP '[^A-Za-z0-9._:@+-]'),
-  CONSTRAINT jobs_queue_form CHECK (LENGTH(queue) <= 64 AND queue REGEXP '^[A-Za-z0-9]'
-                                    AND queue NOT REGEXP '[^A-Za-z0-9._:@+-]'),
+                               AND REGEXP_INSTR(state, '[^a-z]') = 0),
+  CONSTRAINT jobs_id_form CHECK (LENGTH(id) <= 128
+                                 AND REGEXP_INSTR(id, '^[A-Za-z0-9]') = 1
+                                 AND REGEXP_INSTR(id, '[^A-Za-z0-9._:@+-]') = 0),
+  CONSTRAINT jobs_queue_form CHECK (LENGTH(queue) <= 64
+                                    AND REGEXP_INSTR(queue, '^[A-Za-z0-9]') = 1
+                                    AND REGEXP_INSTR(queue, '[^A-Za-z0-9._:@+-]') = 0),
   CONSTRAINT jobs_command_form CHECK (LENGTH(command) BETWEEN 1 AND 131000),
   CONSTRAINT jobs_priority CHECK (priority BETWEEN -1000000 AND 1000000),
   CONSTRAINT jobs_max_retries CHECK (max_retries BETWEEN 0 AND 1000),
   CONSTRAINT jobs_timeout CHECK (timeout >= 0),
   CONSTRAINT jobs_on_lost CHECK (on_lost IN ('retry', 'dead')
-                                 AND on_lost NOT REGEXP '[^a-z]')
+                                 AND REGEXP_INSTR(on_lost, '[^a-z]') = 0)
 ) ENGINE = InnoDB DEFAULT CHARACTER SET ascii COLLATE ascii_bin;
 
 -- Which job waits for which: needs is 'completed' or 'ended'.
@@ -80,7 +84,7 @@ CREATE TABLE IF NOT EXISTS runs (
 
 CREATE TABLE IF NOT EXISTS dlq (
   job_seq BIGINT UNSIGNED NOT NULL PRIMARY KEY, id VARCHAR(128) NOT NULL,
-  died_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
+  died_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6) + INTERVAL 0 SECOND),
   exit_code INT NULL, reason VARCHAR(16) NULL,
   last_line VARCHAR(255) COLLATE utf8mb4_bin NULL,
   UNIQUE KEY dlq_id (id),
@@ -93,8 +97,8 @@ CREATE TABLE IF NOT EXISTS workers (
   supervisor BIGINT NOT NULL, process_identity VARCHAR(255) NOT NULL,
   slots INT NOT NULL, queues TEXT NULL, state VARCHAR(10) NOT NULL DEFAULT 'running',
   beat BIGINT NOT NULL DEFAULT 0, lease_s DOUBLE NOT NULL,
-  started_at   DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
-  heartbeat_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
+  started_at   DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6) + INTERVAL 0 SECOND),
+  heartbeat_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6) + INTERVAL 0 SECOND),
   lost_at      DATETIME(6) NULL
 ) ENGINE = InnoDB DEFAULT CHARACTER SET ascii COLLATE ascii_bin;
 
@@ -109,6 +113,6 @@ CREATE TABLE IF NOT EXISTS schedules (
   job  MEDIUMTEXT COLLATE utf8mb4_bin NOT NULL,
   next_run_at DATETIME(6) NULL, last_run_at DATETIME(6) NULL,
   last_job VARCHAR(128) NULL, paused_at DATETIME(6) NULL,
-  created_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
+  created_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6) + INTERVAL 0 SECOND),
   KEY schedules_due (next_run_at)
 ) ENGINE = InnoDB DEFAULT CHARACTER SET ascii COLLATE ascii_bin;

@@ -1233,7 +1233,7 @@ USE `queuectl`;
 CREATE TABLE IF NOT EXISTS config (
   `key`      VARCHAR(64) NOT NULL PRIMARY KEY,
   value      VARCHAR(1024) COLLATE utf8mb4_bin NOT NULL,
-  changed_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6))
+  changed_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6) + INTERVAL 0 SECOND)
 ) ENGINE = InnoDB DEFAULT CHARACTER SET ascii COLLATE ascii_bin;
 INSERT IGNORE INTO config (`key`, value) VALUES
   ('schema_version', '{SCHEMA_VERSION}/{OLDEST_WRITER}');
@@ -1241,9 +1241,11 @@ INSERT IGNORE INTO config (`key`, value) VALUES
 -- Every column but `command` has a default, so that an application may enqueue with
 -- INSERT INTO jobs (command) VALUES ('...') inside its own transaction. Lengths have
 -- some room, so that a session without a strict mode is refused what it would cut.
+-- A dump of either server loads into the other: MySQL writes REGEXP as a function that
+-- MariaDB lacks, and MariaDB writes a default that is a mere call as MySQL reads none.
 CREATE TABLE IF NOT EXISTS jobs (
   seq         BIGINT UNSIGNED NOT NULL AUTO_INCREMENT PRIMARY KEY,
-  id          VARCHAR(160) NOT NULL DEFAULT (UUID()),
+  id          VARCHAR(160) NOT NULL DEFAULT (CAST(UUID() AS CHAR)),
   command     MEDIUMTEXT COLLATE utf8mb4_bin NOT NULL,
   queue       VARCHAR(80) NOT NULL DEFAULT 'default',
   state       VARCHAR(20) NOT NULL DEFAULT 'pending',
@@ -1261,8 +1263,8 @@ CREATE TABLE IF NOT EXISTS jobs (
            (CASE WHEN state IN ('completed', 'dead', 'cancelled') THEN NULL
                  ELSE unique_key END) STORED,
   touched INT NOT NULL DEFAULT 0, has_children TINYINT NOT NULL DEFAULT 0,
-  next_run_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
-  created_at  DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
+  next_run_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6) + INTERVAL 0 SECOND),
+  created_at  DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6) + INTERVAL 0 SECOND),
   started_at  DATETIME(6) NULL, finished_at DATETIME(6) NULL,
   cancel_requested_at DATETIME(6) NULL, duration DOUBLE NULL, exit_code INT NULL,
   reason VARCHAR(16) NULL, worker VARCHAR(64) NULL, token CHAR(16) NULL,
@@ -1272,17 +1274,19 @@ CREATE TABLE IF NOT EXISTS jobs (
   KEY jobs_due (state, next_run_at),
   CONSTRAINT jobs_state CHECK (state IN ('pending', 'processing', 'completed', 'failed',
                                          'dead', 'scheduled', 'blocked', 'cancelled')
-                               AND state NOT REGEXP '[^a-z]'),
-  CONSTRAINT jobs_id_form CHECK (LENGTH(id) <= 128 AND id REGEXP '^[A-Za-z0-9]'
-                                 AND id NOT REGEXP '[^A-Za-z0-9._:@+-]'),
-  CONSTRAINT jobs_queue_form CHECK (LENGTH(queue) <= 64 AND queue REGEXP '^[A-Za-z0-9]'
-                                    AND queue NOT REGEXP '[^A-Za-z0-9._:@+-]'),
+                               AND REGEXP_INSTR(state, '[^a-z]') = 0),
+  CONSTRAINT jobs_id_form CHECK (LENGTH(id) <= 128
+                                 AND REGEXP_INSTR(id, '^[A-Za-z0-9]') = 1
+                                 AND REGEXP_INSTR(id, '[^A-Za-z0-9._:@+-]') = 0),
+  CONSTRAINT jobs_queue_form CHECK (LENGTH(queue) <= 64
+                                    AND REGEXP_INSTR(queue, '^[A-Za-z0-9]') = 1
+                                    AND REGEXP_INSTR(queue, '[^A-Za-z0-9._:@+-]') = 0),
   CONSTRAINT jobs_command_form CHECK (LENGTH(command) BETWEEN 1 AND 131000),
   CONSTRAINT jobs_priority CHECK (priority BETWEEN -1000000 AND 1000000),
   CONSTRAINT jobs_max_retries CHECK (max_retries BETWEEN 0 AND 1000),
   CONSTRAINT jobs_timeout CHECK (timeout >= 0),
   CONSTRAINT jobs_on_lost CHECK (on_lost IN ('retry', 'dead')
-                                 AND on_lost NOT REGEXP '[^a-z]')
+                                 AND REGEXP_INSTR(on_lost, '[^a-z]') = 0)
 ) ENGINE = InnoDB DEFAULT CHARACTER SET ascii COLLATE ascii_bin;
 
 -- Which job waits for which: needs is 'completed' or 'ended'.
@@ -1306,7 +1310,7 @@ CREATE TABLE IF NOT EXISTS runs (
 
 CREATE TABLE IF NOT EXISTS dlq (
   job_seq BIGINT UNSIGNED NOT NULL PRIMARY KEY, id VARCHAR(128) NOT NULL,
-  died_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
+  died_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6) + INTERVAL 0 SECOND),
   exit_code INT NULL, reason VARCHAR(16) NULL,
   last_line VARCHAR(255) COLLATE utf8mb4_bin NULL,
   UNIQUE KEY dlq_id (id),
@@ -1319,8 +1323,8 @@ CREATE TABLE IF NOT EXISTS workers (
   supervisor BIGINT NOT NULL, process_identity VARCHAR(255) NOT NULL,
   slots INT NOT NULL, queues TEXT NULL, state VARCHAR(10) NOT NULL DEFAULT 'running',
   beat BIGINT NOT NULL DEFAULT 0, lease_s DOUBLE NOT NULL,
-  started_at   DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
-  heartbeat_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
+  started_at   DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6) + INTERVAL 0 SECOND),
+  heartbeat_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6) + INTERVAL 0 SECOND),
   lost_at      DATETIME(6) NULL
 ) ENGINE = InnoDB DEFAULT CHARACTER SET ascii COLLATE ascii_bin;
 
@@ -1335,7 +1339,7 @@ CREATE TABLE IF NOT EXISTS schedules (
   job  MEDIUMTEXT COLLATE utf8mb4_bin NOT NULL,
   next_run_at DATETIME(6) NULL, last_run_at DATETIME(6) NULL,
   last_job VARCHAR(128) NULL, paused_at DATETIME(6) NULL,
-  created_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)),
+  created_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6) + INTERVAL 0 SECOND),
   KEY schedules_due (next_run_at)
 ) ENGINE = InnoDB DEFAULT CHARACTER SET ascii COLLATE ascii_bin;
 """
@@ -2288,23 +2292,28 @@ class Connector:
         if session.mariadb:
             limit = "max_statement_time"
         # The server must give up a lock before we give up the server: our
-        # giving up would leave the session there, with the locks that it has.
-        lock_wait_s = max(1, min(10, int(timeout_s) - 1))
+        # giving up would leave the session there, with the locks that it has
+        # and the place that it takes. So it is for rows, and for what whole
+        # tables wait for: an ALTER, LOCK TABLES, FLUSH TABLES WITH READ LOCK.
+        longest_s = min(10.0, timeout_s - 1, policy.retry_for_s)
+        lock_wait_s = max(1, int(longest_s))
         # A session that a partition left behind has locks: it must end.
         idle_s = int(4 * policy.timeout_s)
         cursor.execute("SET SESSION sql_mode = 'STRICT_ALL_TABLES', "
                        f"time_zone = '+00:00', {limit} = 0, completion_type = 0, "
                        f"innodb_lock_wait_timeout = {lock_wait_s}, "
+                       f"lock_wait_timeout = {lock_wait_s}, "
                        f"wait_timeout = {idle_s}")
         level = "REPEATABLE READ"
         if read_committed:
             level = "READ COMMITTED"
         cursor.execute(f"SET SESSION TRANSACTION ISOLATION LEVEL {level}")
-        if not self._bare:
-            check_schema(cursor.value(SCHEMA_ROW), self._target.database)
-        # From here on the caller's own patience holds, no more the login's.
+        # From here on the caller's own patience holds, no more the login's: it
+        # is longer than a wait for a lock, and the next statement reads a table.
         patience = dataclasses.replace(policy, timeout_s=timeout_s)
         session.wire.answer_s = patience.answer_s
+        if not self._bare:
+            check_schema(cursor.value(SCHEMA_ROW), self._target.database)
 
 def _as_driver_error(error: Exception) -> Exception:
     """Returns the error that PyMySQL should have raised while connecting."""
@@ -2644,14 +2653,37 @@ def check_schema(row: object, database: str) -> None:
                 f"this program needs ({SCHEMA_VERSION})")
         raise Problem(what, "run: queuectl db init", UNAVAILABLE)
 
+# MySQL before this one has no default that is an expression, and so no column
+# whose default is the time in UTC.
+OLDEST_MYSQL = [8, 0, 13]
+OLDEST_MARIADB = [10, 6]
+
+def release_of(version: str) -> list[int]:
+    """Returns the numbers that a server's version begins with."""
+    digits = re.findall(r"\d+", version)
+    return [int(part) for part in digits[:3]]
+
+def check_server(version: str) -> None:
+    """Raises a Problem for a MySQL that cannot have our tables."""
+    # Others give the number of the MySQL that they resemble.
+    mysql = not re.search("MariaDB|TiDB|Vitess|aurora", version)
+    if mysql and release_of(version) < OLDEST_MYSQL:
+        what = (f"the server is MySQL {excerpt(version)}, which cannot have "
+                "queuectl's tables (a default that is an expression): nothing "
+                "was changed")
+        hint = "use MySQL from 8.0.13 on, or MariaDB from 10.6 on"
+        raise Problem(what, hint, UNAVAILABLE)
+
 def init_database(target: ConnectionInfo) -> str:
     """Creates or upgrades the database and its tables; says what was done.
 
-    Refused, with nothing changed: tables newer than this program, and a `jobs`
-    table that is not ours. Two at once wait for each other by a named lock.
+    Refused, with nothing changed: a server that is too old, tables newer than
+    this program, and a `jobs` table that is not ours. Two at once wait for each
+    other by a named lock.
     """
     def work(cursor: Cursor) -> str:
         """Returns what was done, as a sentence."""
+        check_server(database.version)
         _enter_database(cursor, target.database)
         lock = f"queuectl:{target.database}"[:64]
         if not cursor.value("SELECT GET_LOCK(%s, 10)", lock):
@@ -5903,25 +5935,24 @@ class ParkedSleep(NamedTuple):
             return True
         return not self.queues.isdisjoint(queues)
 
+OLDER_PROCESS_LIST = "information_schema.processlist"
+
 def _process_list(database: Database) -> str:
     """Returns the table of the server's connections and their statements."""
-    older = "information_schema.processlist"
     if database.mariadb:
-        return older
-    digits = re.findall(r"\d+", database.version)
-    version = [int(part) for part in digits[:3]]
+        return OLDER_PROCESS_LIST
     # The newer one came with 8.0.22. MySQL deprecates the older, which holds
     # up all connections while it is read.
-    if version < [8, 0, 22]:
-        return older
+    if release_of(database.version) < [8, 0, 22]:
+        return OLDER_PROCESS_LIST
     return "performance_schema.processlist"
 
 def _parked_sleeps(cursor: Cursor, process_list: str) -> list[ParkedSleep]:
     """Returns the sleeps that are parked in this database."""
-    def parked(connection: int, statement: str) -> ParkedSleep | None:
+    def parked(connection: int, statement: str | None) -> ParkedSleep | None:
         """Returns what a row of the process list stands for."""
         # What is merely like ours is left alone.
-        match = PARKED.fullmatch(statement)
+        match = PARKED.fullmatch(statement or "")
         if not match:
             return None
         worker, queues = match.groups()
@@ -5930,8 +5961,11 @@ def _parked_sleeps(cursor: Cursor, process_list: str) -> list[ParkedSleep]:
     rows = cursor.rows(
         parked,
         f"SELECT id, info FROM {process_list} "
-        "WHERE db = DATABASE() AND info LIKE %s",
+        "WHERE db = DATABASE() AND info LIKE %s OR id = CONNECTION_ID()",
         f"SELECT SLEEP(%) /* {DOORBELL} %")
+    # Not even we are in the list: performance_schema is switched off.
+    if not rows and process_list != OLDER_PROCESS_LIST:
+        return _parked_sleeps(cursor, OLDER_PROCESS_LIST)
     return [sleep for sleep in rows if sleep]
 
 def _end_sleep(cursor: Cursor, connection: int) -> None:
@@ -9711,19 +9745,13 @@ def _check_server(database: Database) -> Iterator[Check]:
     yield _check_packet(variables)
     yield _check_connections(database, variables, status)
 
-# The first releases that know SKIP LOCKED.
-OLDEST_MARIADB = [10, 6]
-OLDEST_MYSQL = [8, 0]
-
 def _check_release(database: Database) -> Check:
     """Returns whether the server is new enough for SKIP LOCKED."""
     oldest = OLDEST_MARIADB if database.mariadb else OLDEST_MYSQL
-    digits = re.findall(r"\d+", database.version)
-    release = [int(part) for part in digits[:2]]
-    major, minor = oldest
+    needed = ".".join(map(str, oldest))
     return Check(
-        "server", release >= oldest, database.version,
-        f"from {major}.{minor} on claims do not wait for each other")
+        "server", release_of(database.version) >= oldest, database.version,
+        f"from {needed} on claims do not wait for each other")
 
 # Whatever goes to these stays on this host, and needs no TLS.
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}

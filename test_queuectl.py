@@ -1568,6 +1568,13 @@ class SchemaTest(QueueCase):
             queuectl.schema_for("queuectl_other"),
         )
 
+    def test_a_dump_of_the_tables_loads_into_the_other_server(self) -> None:
+        for (table,) in self.sql("SHOW TABLES"):
+            ((_, text),) = self.sql(f"SHOW CREATE TABLE `{table}`")
+            # MySQL's word for REGEXP, which MariaDB lacks; and MariaDB's form of a
+            # default that is a mere call, which MySQL cannot read.
+            self.assertNotRegex(str(text), r"(?i)regexp_like|DEFAULT \w+\(")
+
     def test_tables_of_others_and_of_other_versions_are_refused(self) -> None:
         self.sql("CREATE DATABASE queuectl_other")
         self.sql("CREATE TABLE queuectl_other.jobs (id INT PRIMARY KEY)")
@@ -1586,6 +1593,34 @@ class SchemaTest(QueueCase):
             self.assertIn(message, self.errors)
         self.sql("UPDATE queuectl_other.config SET value = '2/1'")
         self.queuectl("list", **self.other)
+
+    def test_a_mysql_that_is_too_old_for_the_tables_is_refused_plainly(self) -> None:
+        for version in ("5.7.44-log", "8.0.12", "5.6.51"):
+            with self.assertRaises(queuectl.Problem) as caught:
+                queuectl.check_server(version)
+            said = f"{caught.exception.what}; {caught.exception.hint}"
+            self.assertIn(f"the server is MySQL {version}, which cannot", said)
+            self.assertIn("use MySQL from 8.0.13 on, or MariaDB from 10.6", said)
+        for version in ("8.0.13", "9.7.0", "10.6.1-MariaDB", "5.7.25-TiDB-v7.5.0"):
+            queuectl.check_server(version)
+        connect = queuectl.Connector.connect
+
+        def old(
+            self: queuectl.Connector, policy: queuectl.RetryPolicy, committed: bool
+        ) -> queuectl.Session:
+            session = connect(self, policy, committed)
+            return dataclasses.replace(session, version="5.7.44-log")
+
+        environment = queuectl.Environment(
+            (("test", {**self.environment, **self.other}),)
+        )
+        target = queuectl.find_connection(environment)
+        with (
+            unittest.mock.patch("queuectl.Connector.connect", old),
+            self.assertRaisesRegex(queuectl.Problem, "MySQL 5.7.44-log"),
+        ):
+            queuectl.init_database(target)
+        self.assertEqual(self.tables(), 0)
 
     def test_an_application_enqueues_by_insert_in_any_session(self) -> None:
         with self.database.cursor() as cursor:
@@ -3416,6 +3451,20 @@ class Doorbells(WorkCase):
         queuectl.ring(self.reach(), 1, {"mail", "etl"})
         self.wait_until(lambda: etl, "it was rung")
 
+    def test_a_bell_is_found_where_performance_schema_is_switched_off(self) -> None:
+        # Then its list of processes is there, and empty.
+        self.addCleanup(self.sql, "DROP VIEW no_processes")
+        self.sql(
+            "CREATE OR REPLACE VIEW no_processes AS "
+            "SELECT id, info, db FROM information_schema.processlist WHERE FALSE"
+        )
+        rung: list[int] = []
+        self.bell(rung)
+        self.wait_until(self.bells, "it has parked")
+        with unittest.mock.patch("queuectl._process_list", lambda _: "no_processes"):
+            queuectl.ring(self.reach())
+        self.wait_until(lambda: rung, "it was rung", 5)
+
     def test_with_the_doorbell_off_nobody_parks_and_the_poll_finds_the_work(
         self,
     ) -> None:
@@ -4809,6 +4858,52 @@ class Outages(WorkCase):
             self.assertEqual(len(told), 2, told)
             self.assertIn("trying again", told[0])
             self.assertRegex(told[1], r"the database is back after 1 m [23]\d s")
+
+    locked_s = 3.2  # longer than the lease
+    locks = (
+        f"LOCK TABLES {', '.join(f'{table} READ' for table in TABLES)}",
+        "FLUSH TABLES WITH READ LOCK",
+    )
+
+    def connections(self) -> int:
+        """How many there are to the server, beside our own."""
+        found = self.sql(
+            "SELECT COUNT(*) FROM information_schema.processlist WHERE user = 'root'"
+        )
+        return int(str(found[0][0])) - 2
+
+    def test_work_waits_for_a_dump_and_leaves_no_connection_behind(self) -> None:
+        workers = [self.worker("--count", "2") for _ in range(3)]
+        processes = sum(len(worker.children()) for worker in workers)
+        for statement in self.locks:
+            with self.subTest(statement), self.connection() as dump:
+                self.sql("DELETE FROM jobs")
+                self.put_many(30, "sleep 0.1")
+                self.wait_until(lambda: self.counts().get("completed"), "they run")
+                dump.cursor().execute(statement)
+                most, until = 0, time.monotonic() + self.locked_s
+                while time.monotonic() < until:
+                    most = max(most, self.connections())
+                    time.sleep(0.02)
+                left = 30 - int(str(self.counts().get("completed", 0)))
+                dump.cursor().execute("UNLOCK TABLES")
+                self.assertGreater(left, 0)
+                self.assertLessEqual(most, processes + len(workers) + 1)
+                self.wait_ended(30)
+        # Some may have been handed back, since their claims were too old to start.
+        self.assertEqual(self.sql("SELECT DISTINCT attempts FROM jobs"), [(1,)])
+        self.assertEqual(self.sql("SELECT 1 FROM workers WHERE lost_at > 0"), [])
+        for worker in workers:
+            self.assertNotIn("lost", worker.said())
+            self.assertEqual(len(worker.children()), processes // 3)
+
+    @slow
+    def test_work_waits_for_a_dump_of_a_minute(self) -> None:
+        self.locked_s = 60.0
+        self.locks = self.locks[:1]
+        for name in SCALED:
+            del self.environment[name]
+        self.test_work_waits_for_a_dump_and_leaves_no_connection_behind()
 
     def test_a_second_signal_ends_a_worker_in_a_black_hole(self) -> None:
         self.put("trap '' TERM; echo > started; while :; do sleep 1; done")
