@@ -4414,6 +4414,61 @@ class Crashes(WorkCase):
             self.assertEqual(self.reasons(one), ["handed back"])
         self.assertEqual(self.sql("SELECT id FROM workers"), [])
 
+    def guardians(self) -> list[int]:
+        """The processes that end what runs when supervisor and workers are killed."""
+        found = []
+        for pid in self.living():
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/comm") as file:
+                if file.read() == "queuectl-guard\n":
+                    found.append(pid)
+        return found
+
+    def test_no_run_goes_on_when_supervisor_and_workers_are_killed_at_once(
+        self,
+    ) -> None:
+        self.put("setsid sleep 61 > /dev/null 2>&1 & echo $! > left")
+        workers = [self.worker("--count", "2") for _ in range(2)]
+        self.wait_ended(1)
+        for _ in range(2):
+            self.put(BOOKED + "trap '' TERM; while :; do sleep 1; done")
+            self.put(BOOKED + "trap 'echo told >> told; exit' TERM; sleep 60 & wait")
+        self.wait_lines("starts", 4)
+        os.killpg(workers[0].pid, signal.SIGKILL)
+        self.kill(workers[1], jobs_too=False)
+        [left] = map(int, self.lines("left"))
+        self.wait_until(lambda: self.living() == [left], "all runs have ended", 1 + 2)
+        self.assertEqual(self.lines("told"), ["told", "told"])
+
+    def test_no_run_goes_on_when_a_supervisor_dies_before_it_replaced_a_worker(
+        self,
+    ) -> None:
+        self.put(BOOKED + "sleep 60")
+        worker = self.worker()
+        self.wait_lines("starts", 1)
+        kill_all(worker.children())
+        self.wait_until(lambda: "ended: signal 9" in worker.said(), "it has seen that")
+        self.kill(worker, jobs_too=False)
+        self.wait_until(lambda: not self.living(), "all have ended", 1 + 2)
+
+    def test_the_guardian_has_nothing_open_of_others_and_leaves_with_them(self) -> None:
+        self.queuectl("worker", "start", "--daemon", "--count=2")
+        daemon = int(self.lines("workers.pid")[0])
+        [guardian] = self.guardians()
+        self.assertNotIn(os.getsid(guardian), (os.getsid(daemon), guardian))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            os.kill(guardian, number)
+        handles = os.listdir(f"/proc/{guardian}/fd")
+        opened = {os.readlink(f"/proc/{guardian}/fd/{one}") for one in handles}
+        kinds = {re.sub(r":.*", "", one) for one in opened}
+        self.assertEqual(kinds, {"/dev/null", "pipe", "anon_inode"})
+        self.assertEqual(self.guardians(), [guardian])
+        os.kill(guardian, signal.SIGKILL)
+        self.wait_until(
+            lambda: self.guardians() not in ([], [guardian]), "there is another"
+        )
+        self.queuectl("worker", "stop")
+        self.assertEqual(self.living(), [])
+
     def test_a_new_start_on_the_host_takes_over_at_once(self) -> None:
         again = self.put(BOOKED + f"if {FIRST}; then sleep 60; fi")
         unwanted = self.put(BOOKED + "sleep 60")
