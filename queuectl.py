@@ -4365,6 +4365,53 @@ def take_over(database: Database, settings: Settings, worker: str | None,
         return len(jobs)
     return database.transact(work)
 
+class PartTakenOver(NamedTuple):
+    """What came of the runs of a dead worker some of which do not end."""
+    taken: int  # so many runs were settled as lost
+    kept: list[str]  # the ids of the jobs that stay processing
+
+def take_over_but(database: Database, settings: Settings, worker: str,
+                  surviving: Mapping[str, int]) -> PartTakenOver | None:
+    """Settles as lost what a dead worker ran, but for the runs that go on.
+
+    `surviving` gives a process of each of these by run tag. They stay
+    processing, with a note, and the dead worker's heartbeat is raised, so that
+    nobody else takes them over. None: it was taken over, or its row is locked.
+    """
+    def work(cursor: Cursor) -> PartTakenOver | None:
+        """Does it in the order of all transactions: the worker's row, then its runs."""
+        found = cursor.rows(
+            str, "SELECT id FROM workers WHERE id = %s AND lost_at IS NULL "
+            f"FOR UPDATE {database.skip_locked(cursor)}", worker)
+        if not found:
+            return None
+        # Not the time of its last heartbeat: people see by it that it is silent.
+        cursor.execute("UPDATE workers SET beat = beat + 1 WHERE id = %s", (worker,))
+        # Found without a lock, so that no stranger's row is waited for.
+        seqs = cursor.rows(
+            int, "SELECT seq FROM jobs FORCE INDEX (jobs_due) "
+            "WHERE state = 'processing' AND worker = %s", worker)
+        if not seqs:
+            return PartTakenOver(0, [])
+        jobs = read_processing(
+            cursor, settings, "PRIMARY",
+            SqlCondition("worker = %s AND seq IN %s FOR UPDATE", [worker, seqs]))
+        settlements = []
+        kept = []
+        for claim in (job.claim for job in jobs):
+            pid = surviving.get(f"{claim.token}-{claim.seq}")
+            if pid is None:
+                lost = RunOutcome(Reason.LOST)
+                settlements.append(decide_settlement(claim, lost, settings))
+            else:
+                note = (f"its worker died, and process {pid} of it does not end; "
+                        "it is looked at again with each heartbeat")
+                kept.append((claim, RunOutcome(None, detail=note)))
+        settle(cursor, database.packet_bytes, settlements)
+        write_history(cursor, database.packet_bytes, kept)
+        return PartTakenOver(len(settlements), [claim.id for claim, _ in kept])
+    return database.transact(work)
+
 class LiveWorker(NamedTuple):
     """A worker that nobody has declared lost, and the process that it says it is."""
     id: str
@@ -6316,6 +6363,7 @@ def is_gone(pid: int, identity: str) -> bool:
 class Remains(NamedTuple):
     """What was left of a run."""
     left: int  # so many processes, less those that refused
+    pid: int  # one of them; 0: nothing is left
     # One that refused the signal, since it is another user's; 0: none did.
     refused: int
 
@@ -6380,14 +6428,13 @@ class ProcessTable:
         pids = set(tagged)
         for one in sessions:
             pids |= self._by_session.get(one, set())
-        left = len(pids)
         refused = 0
         if number:
-            for pid in pids:
+            for pid in set(pids):
                 if not _signal_if(pid, number, to_signal):
-                    left -= 1
+                    pids.discard(pid)
                     refused = pid
-        return Remains(left, refused)
+        return Remains(len(pids), min(pids, default=0), refused)
 
 def _signal_if(pid: int, number: int,
                to_signal: Callable[[ProcessInfo], bool]) -> bool:
@@ -6403,26 +6450,31 @@ def _signal_if(pid: int, number: int,
                 return False
     return True
 
+# What KILL has not ended after so long is stuck in the kernel, most often in a
+# disk or a mount that does not answer.
+KILL_WAIT_S = 1.0
+
 class OrphanedRuns:
     """What dead workers left of their runs, while it is being ended.
 
-    It gets TERM and, when its grace is over, KILL. Nothing here waits: each
-    step is one pass over /proc for all of them.
+    It gets TERM and, when its grace is over, KILL. Each step is one pass over
+    /proc for all of them together.
     """
     def __init__(self) -> None:
         # By run tag: when KILL is due.
         self._kill_at: dict[str, float] = {}
 
-    def end(self, run_tags: Iterable[str], grace_s: float) -> list[str]:
+    def end(self, run_tags: Iterable[str], grace_s: float) -> dict[str, int]:
         """Brings the end of these runs a step further; others are forgotten.
 
-        Returns those of which something is left. `grace_s` is for runs that
-        were not there in the step before.
+        Returns those of which something is left, each with a process of it.
+        `grace_s` is for runs that were not there in the step before. It does
+        not wait.
         """
         now = time.monotonic()
         process_table = ProcessTable()
         kill_at = {}
-        left = []
+        left = {}
         for run_tag in run_tags:
             # TERM is sent once, since twice means "now" to many programs; KILL
             # is sent until nothing is left, since who lives may fork.
@@ -6434,28 +6486,26 @@ class OrphanedRuns:
             # They are no children of ours whose session we knew: 0.
             remains = process_table.signal(run_tag, 0, number)
             if remains.left:
-                left.append(run_tag)
+                left[run_tag] = remains.pid
                 kill_at[run_tag] = self._kill_at.get(run_tag, now + grace_s)
         self._kill_at = kill_at
         return left
 
-# What KILL has not ended after so long is stuck in the kernel, most often
-# in a disk or a mount that does not answer.
-KILL_WAIT_S = 1.0
+    def end_all(self, run_tags: Iterable[str], grace_s: float,
+                kill_wait_s: float = KILL_WAIT_S) -> dict[str, int]:
+        """Ends these runs; returns those that go on, each with a process of it.
 
-def terminate_tagged(run_tags: Sequence[str], grace_s: float) -> list[str]:
-    """Ends what dead workers left of these runs; returns those that go on.
-
-    It gets TERM, and `grace_s` seconds later KILL. What outlives that by
-    KILL_WAIT_S is not waited for.
-    """
-    until = time.monotonic() + grace_s + KILL_WAIT_S
-    orphaned = OrphanedRuns()
-    left = orphaned.end(run_tags, grace_s)
-    while left and time.monotonic() < until:
-        time.sleep(END_CHECK_S)
-        left = orphaned.end(left, grace_s)
-    return left
+        It waits for them as long as `grace_s`, and `kill_wait_s` more: what
+        had as long as that in an earlier call is not waited for.
+        """
+        left = self.end(run_tags, grace_s)
+        while left:
+            until = max(self._kill_at.values()) + kill_wait_s
+            if time.monotonic() >= until:
+                break
+            time.sleep(END_CHECK_S)
+            left = self.end(left, grace_s)
+        return left
 
 
 # ---- runs --------------------------------------------------------------------
@@ -7446,6 +7496,10 @@ class Membership:
             say=say,
             longest_s=max(2.0, lease_s / 2))
         self._turns = self._new_turn_taker(options.settings)
+        self._orphaned = OrphanedRuns()
+        # By dead worker of this host: its runs that do not end, each with a
+        # process of it.
+        self._surviving: dict[str, dict[str, int]] = {}
 
     @property
     def worker(self) -> str:
@@ -7468,17 +7522,7 @@ class Membership:
 
     def open(self) -> Opened:
         """Takes over from the dead workers of this host, then enters our row."""
-        notes = []
-        for worker, run_tags in self._context.inherited:
-            # Ended first: once its run is written off, the job may run again.
-            terminate_tagged(run_tags, self.settings.kill_grace)
-            taken = self._take_over(worker)
-            notes.append(
-                f"worker {worker} died; {taken} runs written off as lost")
-        for worker in self._end_orphans():
-            taken = self._take_over(worker)
-            notes.append(
-                f"worker {worker} here is gone; {taken} runs taken over")
+        notes = self._take_over_local(dict(self._context.inherited))
         return self.enter(notes)
 
     def enter(self, notes: list[str]) -> Opened:
@@ -7495,12 +7539,18 @@ class Membership:
     def take_turn(self, request: TurnRequest) -> TurnResult:
         """Takes a turn, then takes over what it found to have no live worker."""
         result = self._turns.take(request)
-        if not (result.lost or result.orphaned):
-            return result
+        notes = []
         # What the dead left running here must be gone before it runs again.
-        if result.lost:
-            self._end_orphans()
-        notes = self._turns.take_over_lost(result)
+        # What did not go by itself or by KILL is looked at again.
+        if result.lost or (request.detect and self._surviving):
+            notes = self._take_over_local({})
+        if result.lost or result.orphaned:
+            lost = {worker: heartbeat for worker, heartbeat in result.lost.items()
+                    if worker not in self._surviving}
+            others = dataclasses.replace(result, lost=lost)
+            notes += self._turns.take_over_lost(others)
+        if not notes:
+            return result
         return dataclasses.replace(result, notes=[*result.notes, *notes])
 
     def leave(self, ring_own: bool) -> None:
@@ -7510,22 +7560,57 @@ class Membership:
         if ring_own:
             ring(database, worker=self.worker)
 
-    def _end_orphans(self) -> list[str]:
-        """Ends what dead workers of this host left running; returns their ids."""
-        turns = self._turns
-        exited = exited_local_workers(turns.database, is_gone)
-        # Each may take no longer than our own heartbeat may wait.
-        longest_s = turns.settings.lease_s / 4
-        grace_s = min(turns.settings.kill_grace, longest_s)
-        for run_tags in exited.values():
-            terminate_tagged(run_tags, grace_s)
-        return list(exited)
+    def _take_over_local(
+            self, inherited: Mapping[str, Sequence[str]]) -> list[str]:
+        """Takes over from dead workers of this host; returns what is to be said.
 
-    def _take_over(self, worker: str) -> int | None:
-        """Settles as lost the runs of a worker whose process is surely gone."""
+        Those are the `inherited`, each with the tags of its runs, and all that
+        are seen to be gone. What they left running is ended before, all of it
+        together, so that no heartbeat of ours waits for one after the other.
+        """
+        turns, settings = self._turns, self.settings
+        dead = exited_local_workers(turns.database, is_gone)
+        for worker, run_tags in inherited.items():
+            known = dead.get(worker, [])
+            dead[worker] = [*known, *(set(run_tags) - set(known))]
+        # With the wait for KILL it is a quarter of our lease at most.
+        left = self._orphaned.end_all(
+            itertools.chain.from_iterable(dead.values()),
+            settings.orphan_grace_s, settings.lease_s / 20)
+        notes = []
+        before, self._surviving = self._surviving, {}
+        for worker, run_tags in dead.items():
+            surviving = {run_tag: left[run_tag]
+                         for run_tag in run_tags if run_tag in left}
+            if surviving:
+                self._surviving[worker] = surviving
+                notes += self._keep(worker, surviving, before.get(worker, {}))
+                continue
+            # -1: its heartbeat does not matter.
+            taken = take_over(turns.database, settings, worker, -1)
+            if worker in inherited:
+                notes.append(
+                    f"worker {worker} died; {taken} runs written off as lost")
+            elif taken is not None:
+                notes.append(
+                    f"worker {worker} here is gone; {taken} runs taken over")
+        return notes
+
+    def _keep(self, worker: str, surviving: Mapping[str, int],
+              before: Mapping[str, int]) -> list[str]:
+        """Keeps others from runs that do not end; returns what is new of that.
+
+        The dead worker's other runs are taken over. `before` are those that
+        went on when they were last looked at.
+        """
         turns = self._turns
-        # -1: its heartbeat does not matter.
-        return take_over(turns.database, turns.settings, worker, -1)
+        result = take_over_but(turns.database, turns.settings, worker, surviving)
+        if not result or surviving.keys() <= before.keys():
+            return []
+        pids = ", ".join(str(pid) for pid in sorted(surviving.values()))
+        return [f"worker {worker} here is gone; {result.taken} runs taken over, but "
+                f"process {pids} does not end, not even by KILL: "
+                f"{', '.join(result.kept)} stays processing, and is looked at again"]
 
     def _new_turn_taker(self, settings: Settings) -> TurnTaker:
         """Returns what takes a new worker's turns, and signs the registry."""
@@ -8605,7 +8690,7 @@ class Guardian:
                 left += run_tags
                 grace_s = registry.orphan_grace(self._grace_s)
                 until = time.monotonic() + grace_s + GUARDIAN_KILLS_S
-            left = orphaned.end(left, grace_s)
+            left = list(orphaned.end(left, grace_s))
             if time.monotonic() > until:
                 left = []
 
@@ -8774,7 +8859,7 @@ class Supervisor:
         self.options.say(f"worker process of {who} ended: {how}")
         if self.stopping:
             # Nobody comes after it who would end its runs.
-            terminate_tagged(run_tags, self._kill_grace())
+            OrphanedRuns().end_all(run_tags, self._kill_grace())
             self.status = 1
         else:
             self._replace(child)
@@ -8816,7 +8901,7 @@ class Supervisor:
             for _, run_tags in child.inherited:
                 orphaned.extend(run_tags)
         if orphaned:
-            terminate_tagged(orphaned, self._kill_grace())
+            OrphanedRuns().end_all(orphaned, self._kill_grace())
             self.status = 1
 
     def _kill_grace(self) -> float:
@@ -9791,8 +9876,17 @@ class _Explanation:
             """, row.seq)
         # The job may have been purged since: then there is no more to say.
         for running in found:
-            text += self._asked(running) + self._silence(running)
+            text += self._asked(running)
+            text += self._stuck() or self._silence(running)
         return text
+
+    def _stuck(self) -> str:
+        """Returns why it still counts as running without a worker, or ""."""
+        last_run = self.history[-1] if self.history else None
+        # A run without a reason has not ended.
+        if last_run and last_run.detail and not last_run.reason:
+            return f"; {last_run.detail}"
+        return ""
 
     def _asked(self, running: RunningState) -> str:
         """Returns when a person cancelled it, or ""."""

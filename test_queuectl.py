@@ -4484,6 +4484,99 @@ class Crashes(WorkCase):
         self.assertEqual(self.lines("overlaps"), [])
         self.assertFalse(alive(self.starts(unwanted)[0][0]))
 
+    def frozen(self, pids: Sequence[int]) -> Callable[[], None]:
+        """Has the kernel keep processes, as a dead disk does: not even KILL ends
+        them. What it returns lets them go."""
+        group = f"/sys/fs/cgroup/freezer/{os.path.basename(self.folder)}"
+        try:
+            os.mkdir(group)
+        except OSError:
+            self.skipTest("needs a freezer of the first kind of cgroups")
+
+        def write(name: str, text: str) -> None:
+            with open(f"{group}/{name}", "w") as file:
+                file.write(text)
+
+        def thaw() -> None:
+            if os.path.isdir(group):
+                write("freezer.state", "THAWED")
+                self.wait_until(lambda: not any(map(alive, pids)), "they end")
+                self.wait_until(lambda: removed(group), "the group is removed")
+
+        def removed(path: str) -> bool:
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+            return not os.path.isdir(path)
+
+        self.addCleanup(thaw)
+        self.addCleanup(kill_all, pids)
+        for pid in pids:
+            write("cgroup.procs", str(pid))
+        write("freezer.state", "FROZEN")
+        return thaw
+
+    def test_a_run_that_no_signal_ends_stays_processing_and_holds_up_nobody(
+        self,
+    ) -> None:
+        self.environment["QUEUECTL_WORKER_TIMEOUT"] = "2"
+        stuck = self.put(BOOKED + f"if {FIRST}; then sleep 60; fi")
+        other = self.put(BOOKED + f"if {FIRST}; then sleep 60; fi")
+        worker = self.worker("--count", "2")
+        self.wait_lines("starts", 2)
+        shell = self.starts(stuck)[0][0]
+        thaw = self.frozen([shell, *descendants(shell)])
+        judge = self.worker()
+        os.killpg(worker.pid, signal.SIGKILL)
+        self.wait_state(other, State.COMPLETED)
+        workers = [judge, self.worker()]
+        begun = time.monotonic()
+        self.wait_until(
+            lambda: time.monotonic() - begun > 2.5, "the dead worker's lease is over"
+        )
+        self.assertEqual(self.job(stuck, "state", "runs"), ("processing", 1))
+        self.assertRegex(self.queuectl("explain", stuck), "process [0-9]+ of it does")
+        for one in workers:
+            self.assertIn(f"{stuck} stays processing", one.said())
+            self.assertNotIn("declared lost", one.said())
+        thaw()
+        self.wait_state(stuck, State.COMPLETED)
+        self.assertEqual(self.reasons(stuck), ["lost", "exit"])
+        self.assertEqual(self.reasons(other), ["lost", "exit"])
+        self.assertEqual(self.lines("overlaps"), [])
+
+    def test_the_deaf_runs_of_many_dead_workers_are_ended_together(self) -> None:
+        identity = queuectl.process_identity(os.getpid()).rpartition("/")[0]
+        for number in range(8):
+            token = secrets.token_hex(8)
+            self.sql(
+                "INSERT INTO workers (id, host, pid, supervisor, process_identity, "
+                "slots, lease_s) VALUES (%s, 'here', %s, 1, %s, 1, 30)",
+                f"dead-{number}",
+                os.getpid(),
+                f"{identity}/1",
+            )
+            job = self.put(
+                "true",
+                state="processing",
+                worker=f"dead-{number}",
+                token=token,
+                attempts=1,
+                runs=1,
+            )
+            [seq] = self.job(job, "seq")
+            subprocess.Popen(
+                ["sh", "-c", "trap '' TERM; echo > deaf; while :; do sleep 1; done"],
+                stderr=subprocess.DEVNULL,
+                cwd=self.folder,
+                start_new_session=True,
+                env={**self.environment, "QUEUECTL_RUN": f"{token}-{seq}"},
+            )
+        self.wait_until(lambda: len(self.living()) >= 8, "they run")
+        began = time.monotonic()
+        self.worker()
+        self.assertLess(time.monotonic() - began, 4)
+        self.wait_ended(8)
+
     @can_unshare
     def test_another_container_of_that_name_waits_out_the_lease(self) -> None:
         job = self.put(BOOKED + f"if {FIRST}; then sleep 60; fi")
