@@ -6353,10 +6353,18 @@ def is_gone(pid: int, identity: str) -> bool:
     """
     own = process_identity(os.getpid())
     own_place, _, _ = own.rpartition("/")
-    place, _, _ = identity.rpartition("/")
+    place, _, started = identity.rpartition("/")
     if not own or place != own_place:
         return False
-    return process_identity(pid) != identity
+    try:
+        return _read_stat(pid).started != started
+    # Its entry says that it has ended, and only waits to be reaped.
+    except ProcessLookupError:
+        return True
+    # That /proc has no entry says nothing: with hidepid, which ProtectProc of
+    # systemd sets, it hides the processes of other users.
+    except OSError:
+        return not _exists(pid)
 
 # -- ending what belongs to a run
 

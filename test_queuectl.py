@@ -4544,6 +4544,33 @@ class Crashes(WorkCase):
         self.assertEqual(self.reasons(other), ["lost", "exit"])
         self.assertEqual(self.lines("overlaps"), [])
 
+    @can_unshare
+    def test_a_living_worker_that_proc_hides_is_not_taken_over(self) -> None:
+        other_user = subprocess.Popen(
+            ["setpriv", "--reuid=65534", "--clear-groups", "sleep", "60"]
+        )
+        self.addCleanup(other_user.wait)
+        self.addCleanup(other_user.kill)
+        identity = queuectl.process_identity(other_user.pid)
+        self.sql(
+            "INSERT INTO workers (id, host, pid, supervisor, process_identity, slots, "
+            "lease_s) VALUES ('living', 'here', %s, 1, %s, 1, 30)",
+            other_user.pid,
+            identity,
+        )
+        job = self.put("true", state="processing", worker="living", token="t", runs=1)
+        hidden = "mount -t proc -o hidepid=2,gid=65533 proc /proc"
+        blind = "setpriv --bounding-set=-sys_ptrace,-kill"
+        self.worker_under(
+            "unshare", "--mount", "sh", "-c", f'{hidden} && exec {blind} "$@"', "sh"
+        )
+        self.wait_state(self.put("true"), State.COMPLETED)
+        self.assertEqual(self.job(job, "state", "worker"), ("processing", "living"))
+        other_user.kill()
+        other_user.wait()
+        self.worker()
+        self.wait_ended(2)
+
     def test_the_deaf_runs_of_many_dead_workers_are_ended_together(self) -> None:
         identity = queuectl.process_identity(os.getpid()).rpartition("/")[0]
         for number in range(8):
