@@ -393,6 +393,15 @@ class Settings:
         # worker.
         return max(self.worker_timeout, 4 * self.heartbeat)
 
+    @property
+    def orphan_grace_s(self) -> float:
+        """How long what a dead worker left running has until KILL.
+
+        It must be gone before the worker's lease is over, since others run its
+        jobs again then; and those who end it must not miss their heartbeats.
+        """
+        return min(self.kill_grace, self.lease_s / 5)
+
 SETTINGS = {field.name: field for field in dataclasses.fields(Settings)}
 
 def variable_of(key: str) -> str:
@@ -4390,6 +4399,53 @@ def take_over(database: Database, settings: Settings, worker: str | None,
         return len(jobs)
     return database.transact(work)
 
+class PartTakenOver(NamedTuple):
+    """What came of the runs of a dead worker some of which do not end."""
+    taken: int  # so many runs were settled as lost
+    kept: list[str]  # the ids of the jobs that stay processing
+
+def take_over_but(database: Database, settings: Settings, worker: str,
+                  surviving: Mapping[str, int]) -> PartTakenOver | None:
+    """Settles as lost what a dead worker ran, but for the runs that go on.
+
+    `surviving` gives a process of each of these by run tag. They stay
+    processing, with a note, and the dead worker's heartbeat is raised, so that
+    nobody else takes them over. None: it was taken over, or its row is locked.
+    """
+    def work(cursor: Cursor) -> PartTakenOver | None:
+        """Does it in the order of all transactions: the worker's row, then its runs."""
+        found = cursor.rows(
+            str, "SELECT id FROM workers WHERE id = %s AND lost_at IS NULL "
+            f"FOR UPDATE {database.skip_locked(cursor)}", worker)
+        if not found:
+            return None
+        # Not the time of its last heartbeat: people see by it that it is silent.
+        cursor.execute("UPDATE workers SET beat = beat + 1 WHERE id = %s", (worker,))
+        # Found without a lock, so that no stranger's row is waited for.
+        seqs = cursor.rows(
+            int, "SELECT seq FROM jobs FORCE INDEX (jobs_due) "
+            "WHERE state = 'processing' AND worker = %s", worker)
+        if not seqs:
+            return PartTakenOver(0, [])
+        jobs = read_processing(
+            cursor, settings, "PRIMARY",
+            SqlCondition("worker = %s AND seq IN %s FOR UPDATE", [worker, seqs]))
+        settlements = []
+        kept = []
+        for claim in (job.claim for job in jobs):
+            pid = surviving.get(f"{claim.token}-{claim.seq}")
+            if pid is None:
+                lost = RunOutcome(Reason.LOST)
+                settlements.append(decide_settlement(claim, lost, settings))
+            else:
+                note = (f"its worker died, and process {pid} of it does not end; "
+                        "it is looked at again with each heartbeat")
+                kept.append((claim, RunOutcome(None, detail=note)))
+        settle(cursor, database.packet_bytes, settlements)
+        write_history(cursor, database.packet_bytes, kept)
+        return PartTakenOver(len(settlements), [claim.id for claim, _ in kept])
+    return database.transact(work)
+
 class LiveWorker(NamedTuple):
     """A worker that nobody has declared lost, and the process that it says it is."""
     id: str
@@ -6117,6 +6173,68 @@ class OomScore:
             with contextlib.suppress(OSError):
                 os.pwrite(self._handle, score, 0)
 
+# -- a process apart
+
+def fork_apart(name: str, kept: Collection[int], ignored: Collection[int],
+               work: Callable[[], object]) -> None:
+    """Has a process of this name do `work`, which no kill of our group hits.
+
+    Nor does one of our children: it is none of them, unless we are a
+    subreaper. It has a session of its own, ignores the signals `ignored`, and
+    has of our descriptors `kept` alone. Raises OSError if the host has no
+    process to spare.
+    """
+    # Until it ignores them, it would pass them on by the pipe that wakes us.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ignored)
+    try:
+        between = os.fork()
+        if not between:
+            _fork_once_more(name, kept, ignored, work)
+        _, status = os.waitpid(between, 0)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if status:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+def _fork_once_more(name: str, kept: Collection[int], ignored: Collection[int],
+                    work: Callable[[], object]) -> NoReturn:
+    """Leaves the session, forks the process that is to do `work`, and ends."""
+    status = 1
+    try:
+        os.setsid()
+        if not os.fork():
+            signal.set_wakeup_fd(-1)
+            for number in ignored:
+                signal.signal(number, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_SETMASK, [])
+            _keep_only(kept)
+            # A directory in use could not be unmounted.
+            os.chdir("/")
+            # For people: so it stands in what ps and top list.
+            with contextlib.suppress(OSError), \
+                    open("/proc/self/comm", "w") as file:
+                file.write(name)
+            work()
+        status = 0
+    finally:
+        # It never returns into its parent's stack.
+        os._exit(status)
+
+def _keep_only(kept: Collection[int]) -> None:
+    """Closes all descriptors but these; the first three are the null device's."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for handle in range(3):
+        os.dup2(null, handle)
+    handles: Iterable[str | int] = range(3, 1024)
+    if os.path.isdir("/dev/fd"):
+        handles = os.listdir("/dev/fd")
+    for name in handles:
+        handle = int(name)
+        if handle > 2 and handle not in kept:
+            # It is closed by now if the listing itself had it open.
+            with contextlib.suppress(OSError):
+                os.close(handle)
+
 # -- signals
 
 @contextlib.contextmanager
@@ -6271,16 +6389,25 @@ def is_gone(pid: int, identity: str) -> bool:
     """
     own = process_identity(os.getpid())
     own_place, _, _ = own.rpartition("/")
-    place, _, _ = identity.rpartition("/")
+    place, _, started = identity.rpartition("/")
     if not own or place != own_place:
         return False
-    return process_identity(pid) != identity
+    try:
+        return _read_stat(pid).started != started
+    # Its entry says that it has ended, and only waits to be reaped.
+    except ProcessLookupError:
+        return True
+    # That /proc has no entry says nothing: with hidepid, which ProtectProc of
+    # systemd sets, it hides the processes of other users.
+    except OSError:
+        return not _exists(pid)
 
 # -- ending what belongs to a run
 
 class Remains(NamedTuple):
     """What was left of a run."""
     left: int  # so many processes, less those that refused
+    pid: int  # one of them; 0: nothing is left
     # One that refused the signal, since it is another user's; 0: none did.
     refused: int
 
@@ -6345,14 +6472,13 @@ class ProcessTable:
         pids = set(tagged)
         for one in sessions:
             pids |= self._by_session.get(one, set())
-        left = len(pids)
         refused = 0
         if number:
-            for pid in pids:
+            for pid in set(pids):
                 if not _signal_if(pid, number, to_signal):
-                    left -= 1
+                    pids.discard(pid)
                     refused = pid
-        return Remains(left, refused)
+        return Remains(len(pids), min(pids, default=0), refused)
 
 def _signal_if(pid: int, number: int,
                to_signal: Callable[[ProcessInfo], bool]) -> bool:
@@ -6368,27 +6494,62 @@ def _signal_if(pid: int, number: int,
                 return False
     return True
 
-def terminate_tagged(run_tags: Sequence[str], grace_s: float) -> None:
-    """Ends what an earlier worker left of these runs; returns once it is gone.
+# What KILL has not ended after so long is stuck in the kernel, most often in a
+# disk or a mount that does not answer.
+KILL_WAIT_S = 1.0
 
-    It gets TERM, and `grace_s` seconds later KILL.
+class OrphanedRuns:
+    """What dead workers left of their runs, while it is being ended.
+
+    It gets TERM and, when its grace is over, KILL. Each step is one pass over
+    /proc for all of them together.
     """
-    kill_at = time.monotonic() + grace_s
-    left = list(run_tags)
-    number = int(signal.SIGTERM)
-    while left:
+    def __init__(self) -> None:
+        # By run tag: when KILL is due.
+        self._kill_at: dict[str, float] = {}
+
+    def end(self, run_tags: Iterable[str], grace_s: float) -> dict[str, int]:
+        """Brings the end of these runs a step further; others are forgotten.
+
+        Returns those of which something is left, each with a process of it.
+        `grace_s` is for runs that were not there in the step before. It does
+        not wait.
+        """
+        now = time.monotonic()
         process_table = ProcessTable()
-        # They are no children of ours whose session we knew: 0.
-        remains = {run_tag: process_table.signal(run_tag, 0, number)
-                   for run_tag in left}
-        left = [run_tag for run_tag in left if remains[run_tag].left]
-        # TERM is sent once, since twice means "now" to many programs; KILL is
-        # sent until nothing is left, since who lives may fork.
-        number = 0
-        if time.monotonic() >= kill_at:
-            number = int(signal.SIGKILL)
-        if left:
+        kill_at = {}
+        left = {}
+        for run_tag in run_tags:
+            # TERM is sent once, since twice means "now" to many programs; KILL
+            # is sent until nothing is left, since who lives may fork.
+            number = 0
+            if run_tag not in self._kill_at:
+                number = int(signal.SIGTERM)
+            elif now >= self._kill_at[run_tag]:
+                number = int(signal.SIGKILL)
+            # They are no children of ours whose session we knew: 0.
+            remains = process_table.signal(run_tag, 0, number)
+            if remains.left:
+                left[run_tag] = remains.pid
+                kill_at[run_tag] = self._kill_at.get(run_tag, now + grace_s)
+        self._kill_at = kill_at
+        return left
+
+    def end_all(self, run_tags: Iterable[str], grace_s: float,
+                kill_wait_s: float = KILL_WAIT_S) -> dict[str, int]:
+        """Ends these runs; returns those that go on, each with a process of it.
+
+        It waits for them as long as `grace_s`, and `kill_wait_s` more: what
+        had as long as that in an earlier call is not waited for.
+        """
+        left = self.end(run_tags, grace_s)
+        while left:
+            until = max(self._kill_at.values()) + kill_wait_s
+            if time.monotonic() >= until:
+                break
             time.sleep(END_CHECK_S)
+            left = self.end(left, grace_s)
+        return left
 
 
 # ---- runs --------------------------------------------------------------------
@@ -6977,25 +7138,38 @@ class RunRegistry:
     When a worker is killed, its supervisor must know what is to be ended.
     """
     # The bytes of a cell. The first holds the worker's id, the second its
-    # kill_grace once it has opened, and each of the others, one a slot, the
-    # tag of a run.
+    # kill_grace once it has opened, the third how long its orphans are given,
+    # and each of the others, one a slot, the tag of a run.
     CELL = 64
+    FIRST_RUN = 3
 
     def __init__(self, slots: int) -> None:
-        cells = slots + 2
+        cells = slots + self.FIRST_RUN
         self._memory = mmap.mmap(-1, cells * self.CELL)
-        self._free = list(range(2, cells))
+        self._free = list(range(self.FIRST_RUN, cells))
 
     def sign(self, worker: str) -> None:
         """Writes down the worker's id."""
         self._write(0, worker)
 
-    def open(self, kill_grace: float) -> None:
+    def open(self, settings: Settings) -> None:
         """Says that the worker has opened, and how long a run takes at most to end.
 
         What it inherited is written off by then, and only its own runs matter.
         """
-        self._write(1, str(kill_grace))
+        for cell in self._free:
+            self._write(cell, "")
+        self._write(2, str(settings.orphan_grace_s))
+        self._write(1, str(settings.kill_grace))
+
+    def pass_on(self) -> None:
+        """Makes room for a dead worker's successor, before that is forked.
+
+        The tags stay until it has opened: were it killed before that, with its
+        supervisor, the guardian must find them.
+        """
+        self._write(0, "")
+        self._write(1, "")
 
     def note(self, run_tag: str) -> None:
         """Writes down a run that is about to start."""
@@ -7012,6 +7186,20 @@ class RunRegistry:
 
     def read(self) -> tuple[str, float | None, list[str]]:
         """Returns the worker's id, its kill_grace if it opened, its runs' tags."""
+        worker, opened, _, *cells = self._texts()
+        grace_s = None
+        if opened:
+            grace_s = float(opened)
+        run_tags = [text for text in cells if text]
+        return worker, grace_s, run_tags
+
+    def orphan_grace(self, default_s: float) -> float:
+        """Returns how long what a dead worker left is given to end, in seconds."""
+        text = self._texts()[2]
+        return float(text) if text else default_s
+
+    def _texts(self) -> list[str]:
+        """Returns what stands in each cell."""
         texts = []
         size = len(self._memory)
         for start in range(0, size, self.CELL):
@@ -7019,12 +7207,7 @@ class RunRegistry:
             cell = self._memory[start:end]
             text = cell.rstrip(b"\0")
             texts.append(text.decode())
-        worker, opened, *cells = texts
-        grace_s = None
-        if opened:
-            grace_s = float(opened)
-        run_tags = [text for text in cells if text]
-        return worker, grace_s, run_tags
+        return texts
 
     def _write(self, cell: int, text: str) -> None:
         start = cell * self.CELL
@@ -7357,6 +7540,10 @@ class Membership:
             say=say,
             longest_s=max(2.0, lease_s / 2))
         self._turns = self._new_turn_taker(options.settings)
+        self._orphaned = OrphanedRuns()
+        # By dead worker of this host: its runs that do not end, each with a
+        # process of it.
+        self._surviving: dict[str, dict[str, int]] = {}
 
     @property
     def worker(self) -> str:
@@ -7379,17 +7566,7 @@ class Membership:
 
     def open(self) -> Opened:
         """Takes over from the dead workers of this host, then enters our row."""
-        notes = []
-        for worker, run_tags in self._context.inherited:
-            # Ended first: once its run is written off, the job may run again.
-            terminate_tagged(run_tags, self.settings.kill_grace)
-            taken = self._take_over(worker)
-            notes.append(
-                f"worker {worker} died; {taken} runs written off as lost")
-        for worker in self._end_orphans():
-            taken = self._take_over(worker)
-            notes.append(
-                f"worker {worker} here is gone; {taken} runs taken over")
+        notes = self._take_over_local(dict(self._context.inherited))
         return self.enter(notes)
 
     def enter(self, notes: list[str]) -> Opened:
@@ -7406,12 +7583,18 @@ class Membership:
     def take_turn(self, request: TurnRequest) -> TurnResult:
         """Takes a turn, then takes over what it found to have no live worker."""
         result = self._turns.take(request)
-        if not (result.lost or result.orphaned):
-            return result
+        notes = []
         # What the dead left running here must be gone before it runs again.
-        if result.lost:
-            self._end_orphans()
-        notes = self._turns.take_over_lost(result)
+        # What did not go by itself or by KILL is looked at again.
+        if result.lost or (request.detect and self._surviving):
+            notes = self._take_over_local({})
+        if result.lost or result.orphaned:
+            lost = {worker: heartbeat for worker, heartbeat in result.lost.items()
+                    if worker not in self._surviving}
+            others = dataclasses.replace(result, lost=lost)
+            notes += self._turns.take_over_lost(others)
+        if not notes:
+            return result
         return dataclasses.replace(result, notes=[*result.notes, *notes])
 
     def leave(self, ring_own: bool) -> None:
@@ -7421,22 +7604,57 @@ class Membership:
         if ring_own:
             ring(database, worker=self.worker)
 
-    def _end_orphans(self) -> list[str]:
-        """Ends what dead workers of this host left running; returns their ids."""
-        turns = self._turns
-        exited = exited_local_workers(turns.database, is_gone)
-        # Each may take no longer than our own heartbeat may wait.
-        longest_s = turns.settings.lease_s / 4
-        grace_s = min(turns.settings.kill_grace, longest_s)
-        for run_tags in exited.values():
-            terminate_tagged(run_tags, grace_s)
-        return list(exited)
+    def _take_over_local(
+            self, inherited: Mapping[str, Sequence[str]]) -> list[str]:
+        """Takes over from dead workers of this host; returns what is to be said.
 
-    def _take_over(self, worker: str) -> int | None:
-        """Settles as lost the runs of a worker whose process is surely gone."""
+        Those are the `inherited`, each with the tags of its runs, and all that
+        are seen to be gone. What they left running is ended before, all of it
+        together, so that no heartbeat of ours waits for one after the other.
+        """
+        turns, settings = self._turns, self.settings
+        dead = exited_local_workers(turns.database, is_gone)
+        for worker, run_tags in inherited.items():
+            known = dead.get(worker, [])
+            dead[worker] = [*known, *(set(run_tags) - set(known))]
+        # With the wait for KILL it is a quarter of our lease at most.
+        left = self._orphaned.end_all(
+            itertools.chain.from_iterable(dead.values()),
+            settings.orphan_grace_s, settings.lease_s / 20)
+        notes = []
+        before, self._surviving = self._surviving, {}
+        for worker, run_tags in dead.items():
+            surviving = {run_tag: left[run_tag]
+                         for run_tag in run_tags if run_tag in left}
+            if surviving:
+                self._surviving[worker] = surviving
+                notes += self._keep(worker, surviving, before.get(worker, {}))
+                continue
+            # -1: its heartbeat does not matter.
+            taken = take_over(turns.database, settings, worker, -1)
+            if worker in inherited:
+                notes.append(
+                    f"worker {worker} died; {taken} runs written off as lost")
+            elif taken is not None:
+                notes.append(
+                    f"worker {worker} here is gone; {taken} runs taken over")
+        return notes
+
+    def _keep(self, worker: str, surviving: Mapping[str, int],
+              before: Mapping[str, int]) -> list[str]:
+        """Keeps others from runs that do not end; returns what is new of that.
+
+        The dead worker's other runs are taken over. `before` are those that
+        went on when they were last looked at.
+        """
         turns = self._turns
-        # -1: its heartbeat does not matter.
-        return take_over(turns.database, turns.settings, worker, -1)
+        result = take_over_but(turns.database, turns.settings, worker, surviving)
+        if not result or surviving.keys() <= before.keys():
+            return []
+        pids = ", ".join(str(pid) for pid in sorted(surviving.values()))
+        return [f"worker {worker} here is gone; {result.taken} runs taken over, but "
+                f"process {pids} does not end, not even by KILL: "
+                f"{', '.join(result.kept)} stays processing, and is looked at again"]
 
     def _new_turn_taker(self, settings: Settings) -> TurnTaker:
         """Returns what takes a new worker's turns, and signs the registry."""
@@ -7979,7 +8197,7 @@ class Worker:
         settings = configured.settings
         self._membership.use_settings(settings)
         self._runs.use_settings(settings)
-        self.context.registry.open(settings.kill_grace)
+        self.context.registry.open(settings)
 
     def _on_turn(self, asked_at: float, result: TurnResult) -> None:
         """Acts on what came of a turn that was asked for at `asked_at`."""
@@ -8437,6 +8655,89 @@ class ChildProcess:
         _, kill_grace, _ = self.registry.read()
         return kill_grace is not None
 
+# How long the guardian sends KILL, and how long an orderly stop waits for it.
+GUARDIAN_KILLS_S = 5.0
+GUARDIAN_LEAVES_S = 1.0
+
+class Guardian:
+    """A process apart that ends what runs when all who would do so were killed.
+
+    A worker ends its runs once its supervisor is gone, and a supervisor those
+    of a worker. The guardian is for a kill that meets both. It has a pipe for
+    each worker, whose writing end that worker and the supervisor hold, and
+    nobody writes to: it closes when both are gone. What the worker's registry
+    names then, the guardian ends; and when all pipes are closed, it leaves. It
+    has no connection to the database, and nothing open but those pipes.
+    """
+    def __init__(self, registries: Sequence[RunRegistry],
+                 settings: Settings) -> None:
+        """Makes the pipes; the process is forked by `start`."""
+        self.ended = -1  # readable once the process is gone; -1: it never was
+        self.start_at = 0.0  # when to fork it; infinite while it runs
+        self._registries = registries
+        self._pause_s = RESPAWN_PAUSE_S
+        self._grace_s = settings.orphan_grace_s
+        self._pipes = [Pipe(*os.pipe()) for _ in registries]
+
+    def start(self) -> None:
+        """Forks the process; raises OSError if the host has none to spare."""
+        kept = [pipe.read_end for pipe in self._pipes]
+        ended = Pipe(*os.pipe())
+        try:
+            fork_apart("queuectl-guard", [*kept, ended.write_end], HANDLED,
+                       self._guard)
+        except OSError:
+            os.close(ended.read_end)
+            raise
+        finally:
+            os.close(ended.write_end)
+        self.ended = ended.read_end
+        self.start_at = math.inf
+
+    def plan(self) -> None:
+        """Has the process forked after a pause, which grows, since there is none."""
+        if self.ended >= 0:
+            os.close(self.ended)
+        self.ended = -1
+        self.start_at = time.monotonic() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, RESPAWN_PAUSE_MAX_S)
+
+    def enter_worker(self, number: int) -> None:
+        """Keeps, in a worker, only the end by which the guardian knows it."""
+        for other, pipe in enumerate(self._pipes):
+            os.close(pipe.read_end)
+            if other != number:
+                os.close(pipe.write_end)
+        if self.ended >= 0:
+            os.close(self.ended)
+
+    def dismiss(self) -> None:
+        """Lets the process end, and waits a moment for that."""
+        for pipe in self._pipes:
+            os.close(pipe.write_end)
+        if self.ended >= 0:
+            select.select([self.ended], [], [], GUARDIAN_LEAVES_S)
+
+    def _guard(self) -> None:
+        """Ends what each worker leaves; this is the process."""
+        selector = selectors.DefaultSelector()
+        for pipe, registry in zip(self._pipes, self._registries):
+            selector.register(pipe.read_end, selectors.EVENT_READ, registry)
+        orphaned = OrphanedRuns()
+        left: list[str] = []
+        grace_s, until = 0.0, 0.0
+        while left or selector.get_map():
+            for key, _ in selector.select(END_CHECK_S if left else None):
+                selector.unregister(key.fileobj)
+                registry = key.data
+                _, _, run_tags = registry.read()
+                left += run_tags
+                grace_s = registry.orphan_grace(self._grace_s)
+                until = time.monotonic() + grace_s + GUARDIAN_KILLS_S
+            left = list(orphaned.end(left, grace_s))
+            if time.monotonic() > until:
+                left = []
+
 class Supervisor:
     """Forks the workers, keeps them up, and stops them."""
     def __init__(self, options: WorkerOptions, count: int,
@@ -8459,6 +8760,8 @@ class Supervisor:
         for slots in shares:
             child = ChildProcess(slots, RunRegistry(slots))
             self._children.append(child)
+        registries = [child.registry for child in self._children]
+        self._guardian = Guardian(registries, options.settings)
         self._siblings = SiblingWorkers(shares)
         # Only we hold its writing end: it closes when we are gone, however
         # that came about.
@@ -8472,14 +8775,22 @@ class Supervisor:
         It calls `announce` once, when the first worker has entered its row,
         and returns the exit status.
         """
+        wake, _ = catch_signals()
+        # Before we are a subreaper, so that it is no child of ours.
+        self._start_guardian()
         # What a worker leaves behind becomes ours, to be reaped.
         become_subreaper()
-        wake, _ = catch_signals()
         ready = self._ready.read_end
         announced = False
         while not self._all_ended():
             wait_s = self._spawn_missing()
-            readable, _, _ = select.select([wake, ready], [], [], wait_s)
+            watched = [wake, ready]
+            if self._guardian.ended >= 0:
+                watched.append(self._guardian.ended)
+            readable, _, _ = select.select(watched, [], [], wait_s)
+            if self._guardian.ended in readable:
+                self.options.say("the guardian has ended: starting another")
+                self._guardian.plan()
             if wake in readable:
                 for number in os.read(wake, 4096):
                     self._handle_signal(number)
@@ -8491,6 +8802,7 @@ class Supervisor:
             self._reap()
             self._kill_if_due()
         self._end_inherited()
+        self._guardian.dismiss()
         if self.stop_signal:
             return 128 + self.stop_signal
         return self.status
@@ -8504,8 +8816,9 @@ class Supervisor:
 
     def _spawn_missing(self) -> float | None:
         """Forks what is due; returns the seconds until the next timer, if any."""
+        self._start_guardian()
         now = time.monotonic()
-        soonest = self._kill_at
+        soonest = min(self._kill_at, self._guardian.start_at)
         for child in self._children:
             if child.pid or self.stopping:
                 continue
@@ -8516,6 +8829,16 @@ class Supervisor:
         if math.isinf(soonest):
             return None
         return max(0.0, soonest - now)
+
+    def _start_guardian(self) -> None:
+        """Forks the guardian if that is due, or plans to do so later."""
+        if time.monotonic() < self._guardian.start_at:
+            return
+        try:
+            self._guardian.start()
+        except OSError as error:
+            self.options.say(f"cannot start the guardian: {error.strerror}")
+            self._guardian.plan()
 
     def _fork(self, child: ChildProcess) -> None:
         """Forks a worker, or plans to do so later where the host is short."""
@@ -8541,8 +8864,9 @@ class Supervisor:
         ours = (*self._private_handles, lifeline.write_end, ready.read_end)
         for handle in ours:
             os.close(handle)
-        become_subreaper()
         number = self._children.index(child)
+        self._guardian.enter_worker(number)
+        become_subreaper()
         context = WorkerContext(
             number,
             self._siblings,
@@ -8579,7 +8903,7 @@ class Supervisor:
         self.options.say(f"worker process of {who} ended: {how}")
         if self.stopping:
             # Nobody comes after it who would end its runs.
-            terminate_tagged(run_tags, self._kill_grace())
+            OrphanedRuns().end_all(run_tags, self._kill_grace())
             self.status = 1
         else:
             self._replace(child)
@@ -8596,13 +8920,16 @@ class Supervisor:
     def _replace(self, child: ChildProcess) -> None:
         """Plans a new worker, which inherits what the dead one left running."""
         worker, _, run_tags = child.registry.read()
-        # One that had opened was done with what it had inherited itself.
+        # One that had opened was done with what it had inherited itself. One
+        # that had not had no runs: these tags are what it inherited.
         if child.opened:
             child.inherited = ()
+        else:
+            run_tags = []
         if worker:
             orphaned = (worker, tuple(run_tags))
             child.inherited = (*child.inherited, orphaned)
-        child.registry = RunRegistry(child.slots)
+        child.registry.pass_on()
         now = time.monotonic()
         if now - child.started > STEADY_AFTER_S:
             child.pause_s = RESPAWN_PAUSE_S
@@ -8618,7 +8945,7 @@ class Supervisor:
             for _, run_tags in child.inherited:
                 orphaned.extend(run_tags)
         if orphaned:
-            terminate_tagged(orphaned, self._kill_grace())
+            OrphanedRuns().end_all(orphaned, self._kill_grace())
             self.status = 1
 
     def _kill_grace(self) -> float:
@@ -9593,8 +9920,17 @@ class _Explanation:
             """, row.seq)
         # The job may have been purged since: then there is no more to say.
         for running in found:
-            text += self._asked(running) + self._silence(running)
+            text += self._asked(running)
+            text += self._stuck() or self._silence(running)
         return text
+
+    def _stuck(self) -> str:
+        """Returns why it still counts as running without a worker, or ""."""
+        last_run = self.history[-1] if self.history else None
+        # A run without a reason has not ended.
+        if last_run and last_run.detail and not last_run.reason:
+            return f"; {last_run.detail}"
+        return ""
 
     def _asked(self, running: RunningState) -> str:
         """Returns when a person cancelled it, or ""."""

@@ -4581,6 +4581,61 @@ class Crashes(WorkCase):
             self.assertEqual(self.reasons(one), ["handed back"])
         self.assertEqual(self.sql("SELECT id FROM workers"), [])
 
+    def guardians(self) -> list[int]:
+        """The processes that end what runs when supervisor and workers are killed."""
+        found = []
+        for pid in self.living():
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/comm") as file:
+                if file.read() == "queuectl-guard\n":
+                    found.append(pid)
+        return found
+
+    def test_no_run_goes_on_when_supervisor_and_workers_are_killed_at_once(
+        self,
+    ) -> None:
+        self.put("setsid sleep 61 > /dev/null 2>&1 & echo $! > left")
+        workers = [self.worker("--count", "2") for _ in range(2)]
+        self.wait_ended(1)
+        for _ in range(2):
+            self.put(BOOKED + "trap '' TERM; while :; do sleep 1; done")
+            self.put(BOOKED + "trap 'echo told >> told; exit' TERM; sleep 60 & wait")
+        self.wait_lines("starts", 4)
+        os.killpg(workers[0].pid, signal.SIGKILL)
+        self.kill(workers[1], jobs_too=False)
+        [left] = map(int, self.lines("left"))
+        self.wait_until(lambda: self.living() == [left], "all runs have ended", 1 + 2)
+        self.assertEqual(self.lines("told"), ["told", "told"])
+
+    def test_no_run_goes_on_when_a_supervisor_dies_before_it_replaced_a_worker(
+        self,
+    ) -> None:
+        self.put(BOOKED + "sleep 60")
+        worker = self.worker()
+        self.wait_lines("starts", 1)
+        kill_all(worker.children())
+        self.wait_until(lambda: "ended: signal 9" in worker.said(), "it has seen that")
+        self.kill(worker, jobs_too=False)
+        self.wait_until(lambda: not self.living(), "all have ended", 1 + 2)
+
+    def test_the_guardian_has_nothing_open_of_others_and_leaves_with_them(self) -> None:
+        self.queuectl("worker", "start", "--daemon", "--count=2")
+        daemon = int(self.lines("workers.pid")[0])
+        [guardian] = self.guardians()
+        self.assertNotIn(os.getsid(guardian), (os.getsid(daemon), guardian))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            os.kill(guardian, number)
+        handles = os.listdir(f"/proc/{guardian}/fd")
+        opened = {os.readlink(f"/proc/{guardian}/fd/{one}") for one in handles}
+        kinds = {re.sub(r":.*", "", one) for one in opened}
+        self.assertEqual(kinds, {"/dev/null", "pipe", "anon_inode"})
+        self.assertEqual(self.guardians(), [guardian])
+        os.kill(guardian, signal.SIGKILL)
+        self.wait_until(
+            lambda: self.guardians() not in ([], [guardian]), "there is another"
+        )
+        self.queuectl("worker", "stop")
+        self.assertEqual(self.living(), [])
+
     def test_a_new_start_on_the_host_takes_over_at_once(self) -> None:
         again = self.put(BOOKED + f"if {FIRST}; then sleep 60; fi")
         unwanted = self.put(BOOKED + "sleep 60")
@@ -4595,6 +4650,126 @@ class Crashes(WorkCase):
         self.assertEqual(self.reasons(unwanted), ["cancelled"])
         self.assertEqual(self.lines("overlaps"), [])
         self.assertFalse(alive(self.starts(unwanted)[0][0]))
+
+    def frozen(self, pids: Sequence[int]) -> Callable[[], None]:
+        """Has the kernel keep processes, as a dead disk does: not even KILL ends
+        them. What it returns lets them go."""
+        group = f"/sys/fs/cgroup/freezer/{os.path.basename(self.folder)}"
+        try:
+            os.mkdir(group)
+        except OSError:
+            self.skipTest("needs a freezer of the first kind of cgroups")
+
+        def write(name: str, text: str) -> None:
+            with open(f"{group}/{name}", "w") as file:
+                file.write(text)
+
+        def thaw() -> None:
+            if os.path.isdir(group):
+                write("freezer.state", "THAWED")
+                self.wait_until(lambda: not any(map(alive, pids)), "they end")
+                self.wait_until(lambda: removed(group), "the group is removed")
+
+        def removed(path: str) -> bool:
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+            return not os.path.isdir(path)
+
+        self.addCleanup(thaw)
+        self.addCleanup(kill_all, pids)
+        for pid in pids:
+            write("cgroup.procs", str(pid))
+        write("freezer.state", "FROZEN")
+        return thaw
+
+    def test_a_run_that_no_signal_ends_stays_processing_and_holds_up_nobody(
+        self,
+    ) -> None:
+        self.environment["QUEUECTL_WORKER_TIMEOUT"] = "2"
+        stuck = self.put(BOOKED + f"if {FIRST}; then sleep 60; fi")
+        other = self.put(BOOKED + f"if {FIRST}; then sleep 60; fi")
+        worker = self.worker("--count", "2")
+        self.wait_lines("starts", 2)
+        shell = self.starts(stuck)[0][0]
+        thaw = self.frozen([shell, *descendants(shell)])
+        judge = self.worker()
+        os.killpg(worker.pid, signal.SIGKILL)
+        self.wait_state(other, State.COMPLETED)
+        workers = [judge, self.worker()]
+        begun = time.monotonic()
+        self.wait_until(
+            lambda: time.monotonic() - begun > 2.5, "the dead worker's lease is over"
+        )
+        self.assertEqual(self.job(stuck, "state", "runs"), ("processing", 1))
+        self.assertRegex(self.queuectl("explain", stuck), "process [0-9]+ of it does")
+        for one in workers:
+            self.assertIn(f"{stuck} stays processing", one.said())
+            self.assertNotIn("declared lost", one.said())
+        thaw()
+        self.wait_state(stuck, State.COMPLETED)
+        self.assertEqual(self.reasons(stuck), ["lost", "exit"])
+        self.assertEqual(self.reasons(other), ["lost", "exit"])
+        self.assertEqual(self.lines("overlaps"), [])
+
+    @can_unshare
+    def test_a_living_worker_that_proc_hides_is_not_taken_over(self) -> None:
+        other_user = subprocess.Popen(
+            ["setpriv", "--reuid=65534", "--clear-groups", "sleep", "60"]
+        )
+        self.addCleanup(other_user.wait)
+        self.addCleanup(other_user.kill)
+        identity = queuectl.process_identity(other_user.pid)
+        self.sql(
+            "INSERT INTO workers (id, host, pid, supervisor, process_identity, slots, "
+            "lease_s) VALUES ('living', 'here', %s, 1, %s, 1, 30)",
+            other_user.pid,
+            identity,
+        )
+        job = self.put("true", state="processing", worker="living", token="t", runs=1)
+        hidden = "mount -t proc -o hidepid=2,gid=65533 proc /proc"
+        blind = "setpriv --bounding-set=-sys_ptrace,-kill"
+        self.worker_under(
+            "unshare", "--mount", "sh", "-c", f'{hidden} && exec {blind} "$@"', "sh"
+        )
+        self.wait_state(self.put("true"), State.COMPLETED)
+        self.assertEqual(self.job(job, "state", "worker"), ("processing", "living"))
+        other_user.kill()
+        other_user.wait()
+        self.worker()
+        self.wait_ended(2)
+
+    def test_the_deaf_runs_of_many_dead_workers_are_ended_together(self) -> None:
+        identity = queuectl.process_identity(os.getpid()).rpartition("/")[0]
+        for number in range(8):
+            token = secrets.token_hex(8)
+            self.sql(
+                "INSERT INTO workers (id, host, pid, supervisor, process_identity, "
+                "slots, lease_s) VALUES (%s, 'here', %s, 1, %s, 1, 30)",
+                f"dead-{number}",
+                os.getpid(),
+                f"{identity}/1",
+            )
+            job = self.put(
+                "true",
+                state="processing",
+                worker=f"dead-{number}",
+                token=token,
+                attempts=1,
+                runs=1,
+            )
+            [seq] = self.job(job, "seq")
+            subprocess.Popen(
+                ["sh", "-c", "trap '' TERM; echo > deaf; while :; do sleep 1; done"],
+                stderr=subprocess.DEVNULL,
+                cwd=self.folder,
+                start_new_session=True,
+                env={**self.environment, "QUEUECTL_RUN": f"{token}-{seq}"},
+            )
+        self.wait_until(lambda: len(self.living()) >= 8, "they run")
+        began = time.monotonic()
+        self.worker()
+        self.assertLess(time.monotonic() - began, 4)
+        self.wait_ended(8)
 
     @can_unshare
     def test_another_container_of_that_name_waits_out_the_lease(self) -> None:
