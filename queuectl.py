@@ -6504,19 +6504,68 @@ class OutputPipe:
 
 # -- starting
 
+SHELL = b"/bin/sh"
+# A job's directory may lie on a mount that hangs, so nothing but the job's own
+# process ever touches it. A shell of this script changes into $1 and becomes
+# the one that runs the command $2; where it cannot, it says so on descriptor 3,
+# which the command never has. OLDPWD would name the worker's directory, of
+# which the job knows nothing.
+ENTER_DIRECTORY = b"""
+if command cd -P -- "$1" 2> /dev/null
+then
+    unset OLDPWD
+    exec /bin/sh -c "$2" 3>&-
+fi
+why='it is not there, or this account may not see it'
+if [ -d "$1" ]; then why='this account may not enter it'
+elif [ -e "$1" ]; then why='it is not a directory'
+fi
+echo "$QUEUECTL_RUN $why" >&3
+exit 126
+"""
+ENTRY_FAILURES = 3
+
+class EntryFailures:
+    """Why shells could not change into their directories, as they tell it.
+
+    All shells of a worker share one pipe: a line is shorter than what a pipe
+    takes in one piece. A shell has told before it ends.
+    """
+    def __init__(self) -> None:
+        """Makes the pipe."""
+        self._read_end, self.write_end = os.pipe()
+        os.set_blocking(self._read_end, False)
+        self._told = b""
+
+    def take(self, run_tag: str) -> str:
+        """Returns why the shell of this run could not; "" if it could.
+
+        It is asked once the shell has ended.
+        """
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._told += os.read(self._read_end, READ_BYTES)
+        why = ""
+        left = []
+        for line in self._told.splitlines(keepends=True):
+            tag, _, reason = line.decode().partition(" ")
+            if tag == run_tag:
+                why = reason.strip()
+            else:
+                left.append(line)
+        self._told = b"".join(left)
+        return why
+
 class JobSpawner:
-    """What each run starts from: environment, directory, score."""
+    """What each run starts from: environment, score, and where a start fails."""
     def __init__(self, variables: Mapping[bytes, bytes]) -> None:
         """Takes our environment, of which jobs inherit what is not private."""
+        self._entry_failures = EntryFailures()
         self._environment = {}
         for name, value in variables.items():
             if not PRIVATE_VARIABLE.fullmatch(os.fsdecode(name)):
                 self._environment[name] = value
         self._null = os.open(os.devnull, os.O_RDONLY)
-        # O_PATH, where there is one, also opens a directory that we may only
-        # pass through.
-        flags = getattr(os, "O_PATH", os.O_RDONLY)
-        self._home = os.open(".", flags)
         self._oom_score = OomScore()
         _keep_descriptors_from_jobs()
 
@@ -6524,21 +6573,30 @@ class JobSpawner:
               variables: Mapping[bytes, bytes]) -> int:
         """Starts a shell for `command` in its own session; returns its pid.
 
-        Raises OSError or ValueError if it cannot. The shell inherits directory
-        and score from us, who have them just for that moment: so posix_spawn
-        can do it, which in Python 3.9 is twice as fast as Popen.
+        Raises OSError or ValueError if it cannot. Without `cwd` the command
+        runs in our directory. The shell inherits its score from us, who have
+        it just for that moment: so posix_spawn can do it, which in Python 3.9
+        is twice as fast as Popen.
         """
-        # If this fails, we are where we were, and nothing is to be undone.
-        os.chdir(os.fsdecode(cwd) if cwd else self._home)
+        argv = [SHELL, b"-c", command]
+        file_actions = [
+            (os.POSIX_SPAWN_DUP2, self._null, 0),
+            (os.POSIX_SPAWN_DUP2, output, 1),
+            (os.POSIX_SPAWN_DUP2, output, 2),
+        ]
+        if cwd:
+            folder = _unmistakable(cwd)
+            argv = [SHELL, b"-c", ENTER_DIRECTORY, SHELL, folder, command]
+            write_end = self._entry_failures.write_end
+            tells = (os.POSIX_SPAWN_DUP2, write_end, ENTRY_FAILURES)
+            file_actions.append(tells)
         try:
             self._oom_score.raise_for_job()
             return os.posix_spawn(
-                "/bin/sh",
-                [b"/bin/sh", b"-c", command],
+                SHELL,
+                argv,
                 {**self._environment, **variables},
-                file_actions=[(os.POSIX_SPAWN_DUP2, self._null, 0),
-                              (os.POSIX_SPAWN_DUP2, output, 1),
-                              (os.POSIX_SPAWN_DUP2, output, 2)],
+                file_actions=file_actions,
                 setsid=True,
                 setsigmask=(),
                 # Python ignores SIGXFSZ, and what is ignored is inherited;
@@ -6546,9 +6604,27 @@ class JobSpawner:
                 setsigdef=(signal.SIGXFSZ,))
         finally:
             self._oom_score.restore()
-            # Were this to fail, the next spawn would tell.
-            with contextlib.suppress(OSError):
-                os.chdir(self._home)
+
+    def entry_failure(self, run_tag: str, cwd: str) -> str:
+        """Returns why a run's shell did not get into `cwd`; "" if it did.
+
+        It is asked once that shell has ended.
+        """
+        why = self._entry_failures.take(run_tag)
+        if not why:
+            return ""
+        folder = excerpt(cwd, 200)
+        host = socket.gethostname()
+        return f"cannot change into {folder}: {why}, on {host}"
+
+def _unmistakable(folder: bytes) -> bytes:
+    """Returns the path as `cd` takes it for a path, and looks nowhere else.
+
+    "-" is another directory to it, and CDPATH tells where to look for "a".
+    """
+    if folder.startswith(b"/"):
+        return folder
+    return b"./" + folder
 
 def _keep_descriptors_from_jobs() -> None:
     """Has jobs inherit nothing of what we were given, but the first three."""
@@ -6633,8 +6709,8 @@ class RunningJob:
     """One run of a job: its shell, its pipe, its time limit, and its end.
 
     `cause` says why we end it, None if it ends by itself. `status` is what
-    `reap` gave for the shell, None until then. `failure` says why it did not
-    start. `survivor` is the pid of a process that refused our signal.
+    `reap` gave for the shell, None until then. `failure` says why the command
+    did not start. `survivor` is the pid of a process that refused our signal.
     """
     def __init__(self, job: ClaimedJob, settings: Settings,
                  spawner: JobSpawner) -> None:
@@ -7697,6 +7773,9 @@ class RunTable:
             # Any other is an orphan that we adopted.
             if process:
                 self._hang_up(process)
+                if status and process.job.cwd:
+                    process.failure = self._spawner.entry_failure(
+                        process.run_tag, process.job.cwd)
                 process.reaped(status, process_table)
 
     def tick(self) -> None:
@@ -10666,7 +10745,7 @@ def worker_start(args: argparse.Namespace) -> int:
     # A key file that cannot be read is found now, not by the first job.
     signing_key()
     options = WorkerOptions(
-        _with_absolute_paths(target),
+        target,
         environment,
         loaded.settings,
         queues,
@@ -10690,14 +10769,6 @@ def _served_queues(texts: Sequence[str]) -> tuple[str, ...]:
         raise Problem("--queue names no queue", status=USAGE)
     return tuple(dict.fromkeys(queues))
 
-def _with_absolute_paths(target: ConnectionInfo) -> ConnectionInfo:
-    """Returns the target with paths that hold in every directory."""
-    # A job's directory is its worker's too, for a moment.
-    return dataclasses.replace(
-        target,
-        socket=target.socket and absolute(target.socket),
-        ssl_ca=target.ssl_ca and absolute(target.ssl_ca))
-
 def _daemon_files(args: argparse.Namespace,
                   environment: Environment) -> tuple[str, str]:
     """Returns the paths of the PID file and the log; "" where there is none."""
@@ -10709,8 +10780,7 @@ def _daemon_files(args: argparse.Namespace,
     if args.daemon:
         beside = os.path.join(os.path.dirname(pid_file), "workers.log")
         log_file = absolute(args.log_file or beside)
-    # A worker's directory is a job's for a moment, when a relative path would
-    # name another file.
+    # The log names it, and is read in other directories.
     return pid_file and absolute(pid_file), log_file
 
 def _pid_file(args: argparse.Namespace, environment: Environment) -> str:

@@ -14,6 +14,7 @@ import ast
 import collections
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import fcntl
@@ -541,6 +542,25 @@ class WorkCase(QueueCase):
         if subprocess.run(mount, capture_output=True, check=False).returncode:
             self.skipTest("cannot mount")
         self.addCleanup(subprocess.run, ["umount", "-l", path], check=False)
+        return path
+
+    def hung_directory(self) -> str:
+        """The path of a directory that never answers: its file server is silent."""
+        path = self.path("hung")
+        os.mkdir(path)
+        libc = ctypes.CDLL(None, use_errno=True)
+        try:
+            server = os.open("/dev/fuse", os.O_RDWR)
+        except OSError as error:
+            self.skipTest(f"no file server of our own: {error}")
+        options = f"fd={server},rootmode=40000,user_id=0,group_id=0".encode()
+        if libc.mount(b"hung", path.encode(), b"fuse", 0, options):
+            os.close(server)
+            self.skipTest(f"cannot mount: {os.strerror(ctypes.get_errno())}")
+        mnt_detach = 2
+        self.addCleanup(libc.umount2, path.encode(), mnt_detach)
+        # Whoever waits for it gets an error then.
+        self.addCleanup(os.close, server)
         return path
 
     def reach(self, **variables: str) -> queuectl.Database:
@@ -3806,6 +3826,69 @@ class Running(WorkCase):
         )
         self.assertIn("/no/such/directory", self.detail)
         self.assertEqual(self.ended, State.DEAD)
+
+    def test_why_a_directory_cannot_be_entered_is_told_from_what_a_command_says(
+        self,
+    ) -> None:
+        with open(self.path("file"), "w"):
+            pass
+        says = 'echo "$QUEUECTL_RUN no" | tee /dev/fd/3; exit 126'
+        expected = {
+            self.put("true", cwd="file", max_retries=0): (
+                ("spawn", None),
+                "cannot change into file: it is not a directory, on ",
+            ),
+            self.put("true", cwd="-", max_retries=0): (
+                ("spawn", None),
+                "cannot change into -: it is not there",
+            ),
+            self.put(says, cwd=self.folder, max_retries=0): (
+                ("exit", 126),
+                f"in {self.folder} on ",
+            ),
+        }
+        self.drain("--count", "4")
+        for job, (ended, why) in expected.items():
+            [(*found, detail)] = self.runs(job, "reason", "exit_code", "detail")
+            self.assertEqual(tuple(found), ended)
+            self.assertIn(why, str(detail))
+
+    def test_a_job_in_a_directory_of_its_own_runs_as_any_other_does(self) -> None:
+        names = ("-P", "a b'$x\n\u0101\u0301", "plain")
+        for name in names:
+            os.mkdir(self.path(name))
+        os.symlink("plain", self.path("link"))
+        self.environment.update(CDPATH=self.folder, OLDPWD="/", PWD="/")
+        tells = 'pwd; echo "$PWD" $0 $# ${OLDPWD-none}; ls /proc/self/fd; exit 7'
+        jobs = {}
+        for name in (*names, "link", "link/../plain"):
+            for cwd in (name, self.path(name)):
+                job = self.put(tells, cwd=cwd, max_retries=0)
+                jobs[job] = os.path.realpath(self.path(name))
+        self.drain("--count", "4")
+        for job, folder in jobs.items():
+            output = f"{folder}\n{folder} /bin/sh 0 none\n0\n1\n2\n3\n"
+            ended = [("exit", 7, output.encode())]
+            self.assertEqual(self.runs(job, "reason", "exit_code", "output"), ended)
+
+    def test_a_directory_that_hangs_holds_up_no_other_job_and_ends_in_time(
+        self,
+    ) -> None:
+        hung = self.hung_directory()
+        # One for each process of the worker.
+        stuck = [
+            self.put("true", cwd=hung, timeout=0.3, max_retries=0)
+            for _ in range(os.cpu_count() or 1)
+        ]
+        worker = self.worker("--count", str(2 * len(stuck)))
+        self.put_many(8, "true")
+        self.wait_ended(8, 5)
+        for job in stuck:
+            self.wait_state(job, State.DEAD, 5)
+            self.assertEqual(self.reasons(job), ["timeout"])
+        worker.signal(signal.SIGTERM)
+        self.assertEqual(worker.wait(5), 0)
+        self.assertEqual(self.living(), [])
 
     def test_a_path_that_is_not_utf_8_is_told_of_as_far_as_it_can_be(self) -> None:
         self.environment["PATH"] = os.fsdecode(b"/caf\xe9:") + os.environ["PATH"]
