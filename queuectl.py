@@ -6285,6 +6285,14 @@ class ProcessTable:
             tagged.setdefault(info.tag_entry, set()).add(pid)
         return tagged
 
+    def session_left_by(self, shell: int) -> int:
+        """Returns the session of a shell that was reaped; 0 if it is another's.
+
+        The kernel keeps the number while somebody is left in the session. Then
+        it may give it to a new process, which may begin a session in turn.
+        """
+        return 0 if shell in self._processes else shell
+
     def signal(self, run_tag: str, session: int, number: int,
                but_group: int = 0) -> Remains:
         """Signals what is left of a run, or with `number` 0 only looks.
@@ -6708,7 +6716,8 @@ def _run_variables(job: ClaimedJob, run_tag: str) -> dict[bytes, bytes]:
 class RunningJob:
     """One run of a job: its shell, its pipe, its time limit, and its end.
 
-    `cause` says why we end it, None if it ends by itself. `status` is what
+    `pid` is its shell's until that is reaped: then the kernel may give the number
+    to anybody. `cause` says why we end it, None if it ends by itself. `status` is what
     `reap` gave for the shell, None until then. `failure` says why the command
     did not start. `survivor` is the pid of a process that refused our signal.
     """
@@ -6853,7 +6862,8 @@ class RunningJob:
                 signal_group(self.pid, signal.SIGTERM)
                 # Passed over below: TERM twice means "now" to many programs.
                 signalled = self.pid
-        process_table.signal(self.run_tag, self.pid, signal.SIGTERM, signalled)
+        session = _session_of(self, process_table)
+        process_table.signal(self.run_tag, session, signal.SIGTERM, signalled)
 
     def shorten_grace(self, now: float) -> None:
         """Has KILL sent kill_grace from now, if not before."""
@@ -6913,7 +6923,8 @@ class RunningJob:
 
     def _look(self, process_table: ProcessTable, number: int) -> None:
         """Signals what is left, or with 0 looks; if nothing is, it is gone."""
-        remains = process_table.signal(self.run_tag, self.pid, number)
+        session = _session_of(self, process_table)
+        remains = process_table.signal(self.run_tag, session, number)
         self.survivor = self.survivor or remains.refused
         if self.status is not None and not remains.left:
             self.phase = Phase.GONE
@@ -6961,6 +6972,12 @@ class RunningJob:
         if code in (126, 127):
             return Reason.EXIT, code, _not_found_detail(self.job)
         return Reason.EXIT, code, ""
+
+def _session_of(process: RunningJob, process_table: ProcessTable) -> int:
+    """Returns the session that a run's shell began; 0 if it is another's."""
+    if process.status is None:
+        return process.pid
+    return process_table.session_left_by(process.pid)
 
 def _timeout_detail(job: ClaimedJob) -> str:
     """Returns which time limit was met, and how to give a longer one."""
@@ -7625,8 +7642,10 @@ class RunTable:
                  timers: Timers, selector: selectors.BaseSelector) -> None:
         """Begins with nothing claimed and nothing running."""
         self.claimed: collections.deque[ClaimedJob] = collections.deque()
-        # By pid; also those that are being ended.
-        self.running: dict[int, RunningJob] = {}
+        # By key; also those that are being ended.
+        self.running: dict[tuple[int, str], RunningJob] = {}
+        # By pid, until it is reaped: the next shell may get the same number.
+        self._shells: dict[int, RunningJob] = {}
         self.results = Results()
         self._settings = options.settings
         self._say = options.say
@@ -7731,7 +7750,8 @@ class RunTable:
                 self._on_host_short(process)
             self._settle(process)
             return
-        self.running[process.pid] = process
+        self.running[process.key] = process
+        self._shells[process.pid] = process
         on_output = functools.partial(self._on_output, process)
         watch(self._selector, process.pipe, on_output)
 
@@ -7769,7 +7789,7 @@ class RunTable:
         """Takes the exit statuses of all children that have ended."""
         process_table = ProcessTable()
         for pid, status in reap():
-            process = self.running.get(pid)
+            process = self._shells.pop(pid, None)
             # Any other is an orphan that we adopted.
             if process:
                 self._hang_up(process)
@@ -7788,7 +7808,10 @@ class RunTable:
         for process in list(self.running.values()):
             process.tick(now, process_table)
             if process.gone and process.may_settle(now):
-                del self.running[process.pid]
+                del self.running[process.key]
+                # Its shell refused our signal, and goes on without us.
+                if process.status is None:
+                    del self._shells[process.pid]
                 self._settle(process)
 
     def _settle(self, process: RunningJob) -> None:

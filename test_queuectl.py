@@ -277,10 +277,7 @@ class Background:
 
     def children(self) -> list[int]:
         """The pids of its worker processes."""
-        path = f"/proc/{self.pid}/task/{self.pid}/children"
-        with contextlib.suppress(OSError), open(path) as file:
-            return [int(word) for word in file.read().split()]
-        return []
+        return children_of(self.pid)
 
 
 class QueueCase(unittest.TestCase):
@@ -472,6 +469,14 @@ def ignore_resources(case: unittest.TestCase) -> None:
     context.__enter__()
     case.addCleanup(context.__exit__, None, None, None)
     warnings.simplefilter("ignore", ResourceWarning)
+
+
+def children_of(pid: int) -> list[int]:
+    """The pids of a process's children, none if it is gone."""
+    path = f"/proc/{pid}/task/{pid}/children"
+    with contextlib.suppress(OSError), open(path) as file:
+        return [int(word) for word in file.read().split()]
+    return []
 
 
 def descendants(pid: int) -> list[int]:
@@ -3790,6 +3795,40 @@ class Running(WorkCase):
     def test_a_background_child_is_ended_when_its_job_fails(self) -> None:
         self.assertEqual(self.ran("sleep 60 & echo out; exit 3"), ("exit", 3, b"out\n"))
         self.assertEqual(self.living(), [])
+
+    @can_unshare
+    def test_a_run_that_is_being_ended_is_no_other_that_got_its_shells_number(
+        self,
+    ) -> None:
+        if not os.path.exists("/proc/sys/kernel/ns_last_pid"):
+            self.skipTest("this kernel lets nobody choose a pid")
+        stubborn = self.put(
+            "setsid sh -c \"trap '' TERM; echo > deaf; exec sleep 60\" & "
+            "echo $$ > pid; exec sleep 60",
+            timeout=0.3,
+            max_retries=0,
+        )
+        slots = 4 * (os.cpu_count() or 1)
+        worker = self.worker_under(*CONTAINER, count=slots)
+        self.wait_lines("deaf", 1)
+        # The others shall not get what this worker process is to run.
+        [supervisor] = worker.children()
+        for pid in children_of(supervisor):
+            if not descendants(pid):
+                os.kill(pid, signal.SIGSTOP)
+        [shell] = self.lines("pid")
+        chooser = self.put(
+            f"while [ -e /proc/{shell} ]; do :; done; "
+            f"echo {int(shell) - 1} > /proc/sys/kernel/ns_last_pid"
+        )
+        self.wait_state(chooser, State.COMPLETED, 5)
+        other = self.put("echo $$ > other; until [ -e go ]; do sleep 0.05; done")
+        self.assertEqual(self.wait_lines("other", 1), [shell])
+        self.wait_state(stubborn, State.DEAD, 5)
+        with open(self.path("go"), "w"):
+            pass
+        self.wait_state(other, State.COMPLETED, 5)
+        self.assertEqual(self.reasons(stubborn), ["timeout"])
 
     def test_standard_input_is_empty(self) -> None:
         self.assertEqual(self.ran("cat; echo $?"), ("exit", 0, b"0\n"))
