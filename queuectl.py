@@ -6034,6 +6034,21 @@ def reap() -> Iterator[tuple[int, int]]:
                 return
             yield pid, os.waitstatus_to_exitcode(status)
 
+def has_adopted(shells: Collection[int]) -> bool:
+    """Returns whether we have other children than these; True if unseen.
+
+    Whoever loses its parent below us becomes our child. So without others
+    nothing of a shell that ended is left below us.
+    """
+    pid = os.getpid()
+    try:
+        with open(f"/proc/self/task/{pid}/children", "rb") as file:
+            children = file.read().split()
+    # Not Linux, or a kernel that does not list them.
+    except OSError:
+        return True
+    return any(int(child) not in shells for child in children)
+
 # From <sys/prctl.h>.
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -6863,7 +6878,11 @@ class RunningJob:
                 # Passed over below: TERM twice means "now" to many programs.
                 signalled = self.pid
         session = _session_of(self, process_table)
-        process_table.signal(self.run_tag, session, signal.SIGTERM, signalled)
+        remains = process_table.signal(self.run_tag, session, signal.SIGTERM,
+                                       signalled)
+        # Of a shell that ended by itself nothing else was left.
+        if self.status is not None and not any(remains):
+            self.phase = Phase.GONE
 
     def shorten_grace(self, now: float) -> None:
         """Has KILL sent kill_grace from now, if not before."""
@@ -6872,18 +6891,20 @@ class RunningJob:
         times.kill_at = min(times.kill_at, kill_at)
         times.check_at = min(times.check_at, times.kill_at)
 
-    def reaped(self, status: int, process_table: ProcessTable) -> None:
+    def reaped(self, status: int, process_table: ProcessTable,
+               adopted: bool) -> None:
         """Takes the shell's end: the run's too, unless others must go first.
 
         What a shell leaves running that ended well is a daemon, and lives on.
-        What one leaves that failed is ended before the job may run again.
+        What one leaves that failed is ended before the job may run again. It
+        may be in another session: `adopted` says whether there is anybody.
         """
         self.status = status
         self._times.shell_ended = time.monotonic()
         if self.phase is not Phase.RUNNING:
             # The next tick looks whether anything is left.
             self._times.check_at = 0.0
-        elif status and group_exists(self.pid):
+        elif status and (adopted or group_exists(self.pid)):
             self.terminate(None, process_table)
         else:
             self.phase = Phase.GONE
@@ -7787,8 +7808,12 @@ class RunTable:
 
     def reap(self) -> None:
         """Takes the exit statuses of all children that have ended."""
+        # All of them, before the pass that finds what they have left.
+        ended = list(reap())
         process_table = ProcessTable()
-        for pid, status in reap():
+        failed = any(status for _, status in ended)
+        adopted = failed and has_adopted(self._shells)
+        for pid, status in ended:
             process = self._shells.pop(pid, None)
             # Any other is an orphan that we adopted.
             if process:
@@ -7796,7 +7821,7 @@ class RunTable:
                 if status and process.job.cwd:
                     process.failure = self._spawner.entry_failure(
                         process.run_tag, process.job.cwd)
-                process.reaped(status, process_table)
+                process.reaped(status, process_table, adopted)
 
     def tick(self) -> None:
         """Acts on the grace and the time limits, and takes down what ended."""
@@ -7826,6 +7851,8 @@ class RunTable:
 
     def cancel(self, runs: Mapping[tuple[int, str], bool]) -> None:
         """Begins to end the runs that are to be cancelled."""
+        # One whose shell has ended needs no end from us.
+        self.reap()
         process_table = ProcessTable()
         for process in self.running.values():
             cancelled = runs.get(process.key)
@@ -7834,6 +7861,8 @@ class RunTable:
 
     def end_all(self, cause: Reason) -> None:
         """Begins to end all that runs; none gets more than kill_grace from now."""
+        # What has ended by now ended by itself, and is not to be handed back.
+        self.reap()
         process_table = ProcessTable()
         for process in self.running.values():
             process.terminate(cause, process_table)

@@ -3796,6 +3796,18 @@ class Running(WorkCase):
         self.assertEqual(self.ran("sleep 60 & echo out; exit 3"), ("exit", 3, b"out\n"))
         self.assertEqual(self.living(), [])
 
+    def test_what_a_failed_run_left_in_another_session_is_gone_before_the_retry(
+        self,
+    ) -> None:
+        stray = 'setsid sh -c "echo \\$\\$ > stray; exec sleep 60" &'
+        retried = self.put(
+            "if [ -e stray ]; then ! kill -0 $(cat stray); exit; fi; "
+            f"{stray} until [ -s stray ]; do sleep 0.02; done; exit 3"
+        )
+        self.drain()
+        self.assert_state(retried, State.COMPLETED)
+        self.assertEqual(self.runs(retried, "exit_code"), [(3,), (0,)])
+
     @can_unshare
     def test_a_run_that_is_being_ended_is_no_other_that_got_its_shells_number(
         self,
@@ -4346,6 +4358,23 @@ class StopAndReload(WorkCase):
         self.assertEqual(worker.wait(5), 128 + signal.SIGINT)
         self.assertEqual(self.job(job, "state", "attempts"), ("pending", 0))
         self.assertEqual(self.reasons(job), ["handed back"])
+
+    def test_a_job_that_ended_well_just_before_a_forced_stop_is_completed(
+        self,
+    ) -> None:
+        job = self.put("echo $$ > pid; until [ -e go ]; do sleep 0.02; done")
+        worker = self.worker()
+        [shell] = self.wait_lines("pid", 1)
+        [pid] = worker.children()
+        os.kill(pid, signal.SIGSTOP)
+        with open(self.path("go"), "w"):
+            pass
+        self.wait_until(lambda: not alive(int(shell)), "its shell has ended")
+        self.stop_now(worker)
+        os.kill(pid, signal.SIGCONT)
+        self.assertEqual(worker.wait(5), 128 + signal.SIGTERM)
+        self.assert_state(job, State.COMPLETED)
+        self.assertEqual(self.reasons(job), ["exit"])
 
     def test_cancel_ends_a_running_job_of_any_supervisor_within_two_seconds(
         self,
