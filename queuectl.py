@@ -6126,6 +6126,21 @@ def reap() -> Iterator[tuple[int, int]]:
                 return
             yield pid, os.waitstatus_to_exitcode(status)
 
+def has_adopted(shells: Collection[int]) -> bool:
+    """Returns whether we have other children than these; True if unseen.
+
+    Whoever loses its parent below us becomes our child. So without others
+    nothing of a shell that ended is left below us.
+    """
+    pid = os.getpid()
+    try:
+        with open(f"/proc/self/task/{pid}/children", "rb") as file:
+            children = file.read().split()
+    # Not Linux, or a kernel that does not list them.
+    except OSError:
+        return True
+    return any(int(child) not in shells for child in children)
+
 # From <sys/prctl.h>.
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -6448,6 +6463,14 @@ class ProcessTable:
             tagged.setdefault(info.tag_entry, set()).add(pid)
         return tagged
 
+    def session_left_by(self, shell: int) -> int:
+        """Returns the session of a shell that was reaped; 0 if it is another's.
+
+        The kernel keeps the number while somebody is left in the session. Then
+        it may give it to a new process, which may begin a session in turn.
+        """
+        return 0 if shell in self._processes else shell
+
     def signal(self, run_tag: str, session: int, number: int,
                but_group: int = 0) -> Remains:
         """Signals what is left of a run, or with `number` 0 only looks.
@@ -6701,19 +6724,68 @@ class OutputPipe:
 
 # -- starting
 
+SHELL = b"/bin/sh"
+# A job's directory may lie on a mount that hangs, so nothing but the job's own
+# process ever touches it. A shell of this script changes into $1 and becomes
+# the one that runs the command $2; where it cannot, it says so on descriptor 3,
+# which the command never has. OLDPWD would name the worker's directory, of
+# which the job knows nothing.
+ENTER_DIRECTORY = b"""
+if command cd -P -- "$1" 2> /dev/null
+then
+    unset OLDPWD
+    exec /bin/sh -c "$2" 3>&-
+fi
+why='it is not there, or this account may not see it'
+if [ -d "$1" ]; then why='this account may not enter it'
+elif [ -e "$1" ]; then why='it is not a directory'
+fi
+echo "$QUEUECTL_RUN $why" >&3
+exit 126
+"""
+ENTRY_FAILURES = 3
+
+class EntryFailures:
+    """Why shells could not change into their directories, as they tell it.
+
+    All shells of a worker share one pipe: a line is shorter than what a pipe
+    takes in one piece. A shell has told before it ends.
+    """
+    def __init__(self) -> None:
+        """Makes the pipe."""
+        self._read_end, self.write_end = os.pipe()
+        os.set_blocking(self._read_end, False)
+        self._told = b""
+
+    def take(self, run_tag: str) -> str:
+        """Returns why the shell of this run could not; "" if it could.
+
+        It is asked once the shell has ended.
+        """
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._told += os.read(self._read_end, READ_BYTES)
+        why = ""
+        left = []
+        for line in self._told.splitlines(keepends=True):
+            tag, _, reason = line.decode().partition(" ")
+            if tag == run_tag:
+                why = reason.strip()
+            else:
+                left.append(line)
+        self._told = b"".join(left)
+        return why
+
 class JobSpawner:
-    """What each run starts from: environment, directory, score."""
+    """What each run starts from: environment, score, and where a start fails."""
     def __init__(self, variables: Mapping[bytes, bytes]) -> None:
         """Takes our environment, of which jobs inherit what is not private."""
+        self._entry_failures = EntryFailures()
         self._environment = {}
         for name, value in variables.items():
             if not PRIVATE_VARIABLE.fullmatch(os.fsdecode(name)):
                 self._environment[name] = value
         self._null = os.open(os.devnull, os.O_RDONLY)
-        # O_PATH, where there is one, also opens a directory that we may only
-        # pass through.
-        flags = getattr(os, "O_PATH", os.O_RDONLY)
-        self._home = os.open(".", flags)
         self._oom_score = OomScore()
         _keep_descriptors_from_jobs()
 
@@ -6721,21 +6793,30 @@ class JobSpawner:
               variables: Mapping[bytes, bytes]) -> int:
         """Starts a shell for `command` in its own session; returns its pid.
 
-        Raises OSError or ValueError if it cannot. The shell inherits directory
-        and score from us, who have them just for that moment: so posix_spawn
-        can do it, which in Python 3.9 is twice as fast as Popen.
+        Raises OSError or ValueError if it cannot. Without `cwd` the command
+        runs in our directory. The shell inherits its score from us, who have
+        it just for that moment: so posix_spawn can do it, which in Python 3.9
+        is twice as fast as Popen.
         """
-        # If this fails, we are where we were, and nothing is to be undone.
-        os.chdir(os.fsdecode(cwd) if cwd else self._home)
+        argv = [SHELL, b"-c", command]
+        file_actions = [
+            (os.POSIX_SPAWN_DUP2, self._null, 0),
+            (os.POSIX_SPAWN_DUP2, output, 1),
+            (os.POSIX_SPAWN_DUP2, output, 2),
+        ]
+        if cwd:
+            folder = _unmistakable(cwd)
+            argv = [SHELL, b"-c", ENTER_DIRECTORY, SHELL, folder, command]
+            write_end = self._entry_failures.write_end
+            tells = (os.POSIX_SPAWN_DUP2, write_end, ENTRY_FAILURES)
+            file_actions.append(tells)
         try:
             self._oom_score.raise_for_job()
             return os.posix_spawn(
-                "/bin/sh",
-                [b"/bin/sh", b"-c", command],
+                SHELL,
+                argv,
                 {**self._environment, **variables},
-                file_actions=[(os.POSIX_SPAWN_DUP2, self._null, 0),
-                              (os.POSIX_SPAWN_DUP2, output, 1),
-                              (os.POSIX_SPAWN_DUP2, output, 2)],
+                file_actions=file_actions,
                 setsid=True,
                 setsigmask=(),
                 # Python ignores SIGXFSZ, and what is ignored is inherited;
@@ -6743,9 +6824,27 @@ class JobSpawner:
                 setsigdef=(signal.SIGXFSZ,))
         finally:
             self._oom_score.restore()
-            # Were this to fail, the next spawn would tell.
-            with contextlib.suppress(OSError):
-                os.chdir(self._home)
+
+    def entry_failure(self, run_tag: str, cwd: str) -> str:
+        """Returns why a run's shell did not get into `cwd`; "" if it did.
+
+        It is asked once that shell has ended.
+        """
+        why = self._entry_failures.take(run_tag)
+        if not why:
+            return ""
+        folder = excerpt(cwd, 200)
+        host = socket.gethostname()
+        return f"cannot change into {folder}: {why}, on {host}"
+
+def _unmistakable(folder: bytes) -> bytes:
+    """Returns the path as `cd` takes it for a path, and looks nowhere else.
+
+    "-" is another directory to it, and CDPATH tells where to look for "a".
+    """
+    if folder.startswith(b"/"):
+        return folder
+    return b"./" + folder
 
 def _keep_descriptors_from_jobs() -> None:
     """Has jobs inherit nothing of what we were given, but the first three."""
@@ -6829,9 +6928,10 @@ def _run_variables(job: ClaimedJob, run_tag: str) -> dict[bytes, bytes]:
 class RunningJob:
     """One run of a job: its shell, its pipe, its time limit, and its end.
 
-    `cause` says why we end it, None if it ends by itself. `status` is what
-    `reap` gave for the shell, None until then. `failure` says why it did not
-    start. `survivor` is the pid of a process that refused our signal.
+    `pid` is its shell's until that is reaped: then the kernel may give the number
+    to anybody. `cause` says why we end it, None if it ends by itself. `status` is what
+    `reap` gave for the shell, None until then. `failure` says why the command
+    did not start. `survivor` is the pid of a process that refused our signal.
     """
     def __init__(self, job: ClaimedJob, settings: Settings,
                  spawner: JobSpawner) -> None:
@@ -6974,7 +7074,12 @@ class RunningJob:
                 signal_group(self.pid, signal.SIGTERM)
                 # Passed over below: TERM twice means "now" to many programs.
                 signalled = self.pid
-        process_table.signal(self.run_tag, self.pid, signal.SIGTERM, signalled)
+        session = _session_of(self, process_table)
+        remains = process_table.signal(self.run_tag, session, signal.SIGTERM,
+                                       signalled)
+        # Of a shell that ended by itself nothing else was left.
+        if self.status is not None and not any(remains):
+            self.phase = Phase.GONE
 
     def shorten_grace(self, now: float) -> None:
         """Has KILL sent kill_grace from now, if not before."""
@@ -6983,18 +7088,20 @@ class RunningJob:
         times.kill_at = min(times.kill_at, kill_at)
         times.check_at = min(times.check_at, times.kill_at)
 
-    def reaped(self, status: int, process_table: ProcessTable) -> None:
+    def reaped(self, status: int, process_table: ProcessTable,
+               adopted: bool) -> None:
         """Takes the shell's end: the run's too, unless others must go first.
 
         What a shell leaves running that ended well is a daemon, and lives on.
-        What one leaves that failed is ended before the job may run again.
+        What one leaves that failed is ended before the job may run again. It
+        may be in another session: `adopted` says whether there is anybody.
         """
         self.status = status
         self._times.shell_ended = time.monotonic()
         if self.phase is not Phase.RUNNING:
             # The next tick looks whether anything is left.
             self._times.check_at = 0.0
-        elif status and group_exists(self.pid):
+        elif status and (adopted or group_exists(self.pid)):
             self.terminate(None, process_table)
         else:
             self.phase = Phase.GONE
@@ -7034,7 +7141,8 @@ class RunningJob:
 
     def _look(self, process_table: ProcessTable, number: int) -> None:
         """Signals what is left, or with 0 looks; if nothing is, it is gone."""
-        remains = process_table.signal(self.run_tag, self.pid, number)
+        session = _session_of(self, process_table)
+        remains = process_table.signal(self.run_tag, session, number)
         self.survivor = self.survivor or remains.refused
         if self.status is not None and not remains.left:
             self.phase = Phase.GONE
@@ -7082,6 +7190,12 @@ class RunningJob:
         if code in (126, 127):
             return Reason.EXIT, code, _not_found_detail(self.job)
         return Reason.EXIT, code, ""
+
+def _session_of(process: RunningJob, process_table: ProcessTable) -> int:
+    """Returns the session that a run's shell began; 0 if it is another's."""
+    if process.status is None:
+        return process.pid
+    return process_table.session_left_by(process.pid)
 
 def _timeout_detail(job: ClaimedJob) -> str:
     """Returns which time limit was met, and how to give a longer one."""
@@ -7803,8 +7917,10 @@ class RunTable:
                  timers: Timers, selector: selectors.BaseSelector) -> None:
         """Begins with nothing claimed and nothing running."""
         self.claimed: collections.deque[ClaimedJob] = collections.deque()
-        # By pid; also those that are being ended.
-        self.running: dict[int, RunningJob] = {}
+        # By key; also those that are being ended.
+        self.running: dict[tuple[int, str], RunningJob] = {}
+        # By pid, until it is reaped: the next shell may get the same number.
+        self._shells: dict[int, RunningJob] = {}
         self.results = Results()
         self._settings = options.settings
         self._say = options.say
@@ -7909,7 +8025,8 @@ class RunTable:
                 self._on_host_short(process)
             self._settle(process)
             return
-        self.running[process.pid] = process
+        self.running[process.key] = process
+        self._shells[process.pid] = process
         on_output = functools.partial(self._on_output, process)
         watch(self._selector, process.pipe, on_output)
 
@@ -7945,13 +8062,20 @@ class RunTable:
 
     def reap(self) -> None:
         """Takes the exit statuses of all children that have ended."""
+        # All of them, before the pass that finds what they have left.
+        ended = list(reap())
         process_table = ProcessTable()
-        for pid, status in reap():
-            process = self.running.get(pid)
+        failed = any(status for _, status in ended)
+        adopted = failed and has_adopted(self._shells)
+        for pid, status in ended:
+            process = self._shells.pop(pid, None)
             # Any other is an orphan that we adopted.
             if process:
                 self._hang_up(process)
-                process.reaped(status, process_table)
+                if status and process.job.cwd:
+                    process.failure = self._spawner.entry_failure(
+                        process.run_tag, process.job.cwd)
+                process.reaped(status, process_table, adopted)
 
     def tick(self) -> None:
         """Acts on the grace and the time limits, and takes down what ended."""
@@ -7963,7 +8087,10 @@ class RunTable:
         for process in list(self.running.values()):
             process.tick(now, process_table)
             if process.gone and process.may_settle(now):
-                del self.running[process.pid]
+                del self.running[process.key]
+                # Its shell refused our signal, and goes on without us.
+                if process.status is None:
+                    del self._shells[process.pid]
                 self._settle(process)
 
     def _settle(self, process: RunningJob) -> None:
@@ -7978,6 +8105,8 @@ class RunTable:
 
     def cancel(self, runs: Mapping[tuple[int, str], bool]) -> None:
         """Begins to end the runs that are to be cancelled."""
+        # One whose shell has ended needs no end from us.
+        self.reap()
         process_table = ProcessTable()
         for process in self.running.values():
             cancelled = runs.get(process.key)
@@ -7986,6 +8115,8 @@ class RunTable:
 
     def end_all(self, cause: Reason) -> None:
         """Begins to end all that runs; none gets more than kill_grace from now."""
+        # What has ended by now ended by itself, and is not to be handed back.
+        self.reap()
         process_table = ProcessTable()
         for process in self.running.values():
             process.terminate(cause, process_table)
@@ -11032,7 +11163,7 @@ def worker_start(args: argparse.Namespace) -> int:
     # A key file that cannot be read is found now, not by the first job.
     signing_key()
     options = WorkerOptions(
-        _with_absolute_paths(target),
+        target,
         environment,
         loaded.settings,
         queues,
@@ -11056,14 +11187,6 @@ def _served_queues(texts: Sequence[str]) -> tuple[str, ...]:
         raise Problem("--queue names no queue", status=USAGE)
     return tuple(dict.fromkeys(queues))
 
-def _with_absolute_paths(target: ConnectionInfo) -> ConnectionInfo:
-    """Returns the target with paths that hold in every directory."""
-    # A job's directory is its worker's too, for a moment.
-    return dataclasses.replace(
-        target,
-        socket=target.socket and absolute(target.socket),
-        ssl_ca=target.ssl_ca and absolute(target.ssl_ca))
-
 def _daemon_files(args: argparse.Namespace,
                   environment: Environment) -> tuple[str, str]:
     """Returns the paths of the PID file and the log; "" where there is none."""
@@ -11075,8 +11198,7 @@ def _daemon_files(args: argparse.Namespace,
     if args.daemon:
         beside = os.path.join(os.path.dirname(pid_file), "workers.log")
         log_file = absolute(args.log_file or beside)
-    # A worker's directory is a job's for a moment, when a relative path would
-    # name another file.
+    # The log names it, and is read in other directories.
     return pid_file and absolute(pid_file), log_file
 
 def _pid_file(args: argparse.Namespace, environment: Environment) -> str:

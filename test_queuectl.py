@@ -14,6 +14,7 @@ import ast
 import collections
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import fcntl
@@ -362,10 +363,7 @@ class Background:
 
     def children(self) -> list[int]:
         """The pids of its worker processes."""
-        path = f"/proc/{self.pid}/task/{self.pid}/children"
-        with contextlib.suppress(OSError), open(path) as file:
-            return [int(word) for word in file.read().split()]
-        return []
+        return children_of(self.pid)
 
 
 class QueueCase(unittest.TestCase):
@@ -567,6 +565,14 @@ def ignore_resources(case: unittest.TestCase) -> None:
     warnings.simplefilter("ignore", ResourceWarning)
 
 
+def children_of(pid: int) -> list[int]:
+    """The pids of a process's children, none if it is gone."""
+    path = f"/proc/{pid}/task/{pid}/children"
+    with contextlib.suppress(OSError), open(path) as file:
+        return [int(word) for word in file.read().split()]
+    return []
+
+
 def descendants(pid: int) -> list[int]:
     """All processes below `pid`, by their parents."""
     parents: dict[int, list[int]] = {}
@@ -638,6 +644,25 @@ class WorkCase(QueueCase):
         if subprocess.run(mount, capture_output=True, check=False).returncode:
             self.skipTest("cannot mount")
         self.addCleanup(subprocess.run, ["umount", "-l", path], check=False)
+        return path
+
+    def hung_directory(self) -> str:
+        """The path of a directory that never answers: its file server is silent."""
+        path = self.path("hung")
+        os.mkdir(path)
+        libc = ctypes.CDLL(None, use_errno=True)
+        try:
+            server = os.open("/dev/fuse", os.O_RDWR)
+        except OSError as error:
+            self.skipTest(f"no file server of our own: {error}")
+        options = f"fd={server},rootmode=40000,user_id=0,group_id=0".encode()
+        if libc.mount(b"hung", path.encode(), b"fuse", 0, options):
+            os.close(server)
+            self.skipTest(f"cannot mount: {os.strerror(ctypes.get_errno())}")
+        mnt_detach = 2
+        self.addCleanup(libc.umount2, path.encode(), mnt_detach)
+        # Whoever waits for it gets an error then.
+        self.addCleanup(os.close, server)
         return path
 
     def reach(self, **variables: str) -> queuectl.Database:
@@ -3934,6 +3959,52 @@ class Running(WorkCase):
         self.assertEqual(self.ran("sleep 60 & echo out; exit 3"), ("exit", 3, b"out\n"))
         self.assertEqual(self.living(), [])
 
+    def test_what_a_failed_run_left_in_another_session_is_gone_before_the_retry(
+        self,
+    ) -> None:
+        stray = 'setsid sh -c "echo \\$\\$ > stray; exec sleep 60" &'
+        retried = self.put(
+            "if [ -e stray ]; then ! kill -0 $(cat stray); exit; fi; "
+            f"{stray} until [ -s stray ]; do sleep 0.02; done; exit 3"
+        )
+        self.drain()
+        self.assert_state(retried, State.COMPLETED)
+        self.assertEqual(self.runs(retried, "exit_code"), [(3,), (0,)])
+
+    @can_unshare
+    def test_a_run_that_is_being_ended_is_no_other_that_got_its_shells_number(
+        self,
+    ) -> None:
+        if not os.path.exists("/proc/sys/kernel/ns_last_pid"):
+            self.skipTest("this kernel lets nobody choose a pid")
+        stubborn = self.put(
+            "setsid sh -c \"trap '' TERM; echo > deaf; exec sleep 60\" & "
+            "echo $$ > pid; exec sleep 60",
+            timeout=0.3,
+            max_retries=0,
+        )
+        slots = 4 * (os.cpu_count() or 1)
+        worker = self.worker_under(*CONTAINER, count=slots)
+        self.wait_lines("deaf", 1)
+        # The others shall not get what this worker process is to run.
+        [supervisor] = worker.children()
+        for pid in children_of(supervisor):
+            if not descendants(pid):
+                os.kill(pid, signal.SIGSTOP)
+        [shell] = self.lines("pid")
+        chooser = self.put(
+            f"while [ -e /proc/{shell} ]; do :; done; "
+            f"echo {int(shell) - 1} > /proc/sys/kernel/ns_last_pid"
+        )
+        self.wait_state(chooser, State.COMPLETED, 5)
+        other = self.put("echo $$ > other; until [ -e go ]; do sleep 0.05; done")
+        self.assertEqual(self.wait_lines("other", 1), [shell])
+        self.wait_state(stubborn, State.DEAD, 5)
+        with open(self.path("go"), "w"):
+            pass
+        self.wait_state(other, State.COMPLETED, 5)
+        self.assertEqual(self.reasons(stubborn), ["timeout"])
+
     def test_standard_input_is_empty(self) -> None:
         self.assertEqual(self.ran("cat; echo $?"), ("exit", 0, b"0\n"))
 
@@ -3969,6 +4040,69 @@ class Running(WorkCase):
         )
         self.assertIn("/no/such/directory", self.detail)
         self.assertEqual(self.ended, State.DEAD)
+
+    def test_why_a_directory_cannot_be_entered_is_told_from_what_a_command_says(
+        self,
+    ) -> None:
+        with open(self.path("file"), "w"):
+            pass
+        says = 'echo "$QUEUECTL_RUN no" | tee /dev/fd/3; exit 126'
+        expected = {
+            self.put("true", cwd="file", max_retries=0): (
+                ("spawn", None),
+                "cannot change into file: it is not a directory, on ",
+            ),
+            self.put("true", cwd="-", max_retries=0): (
+                ("spawn", None),
+                "cannot change into -: it is not there",
+            ),
+            self.put(says, cwd=self.folder, max_retries=0): (
+                ("exit", 126),
+                f"in {self.folder} on ",
+            ),
+        }
+        self.drain("--count", "4")
+        for job, (ended, why) in expected.items():
+            [(*found, detail)] = self.runs(job, "reason", "exit_code", "detail")
+            self.assertEqual(tuple(found), ended)
+            self.assertIn(why, str(detail))
+
+    def test_a_job_in_a_directory_of_its_own_runs_as_any_other_does(self) -> None:
+        names = ("-P", "a b'$x\n\u0101\u0301", "plain")
+        for name in names:
+            os.mkdir(self.path(name))
+        os.symlink("plain", self.path("link"))
+        self.environment.update(CDPATH=self.folder, OLDPWD="/", PWD="/")
+        tells = 'pwd; echo "$PWD" $0 $# ${OLDPWD-none}; ls /proc/self/fd; exit 7'
+        jobs = {}
+        for name in (*names, "link", "link/../plain"):
+            for cwd in (name, self.path(name)):
+                job = self.put(tells, cwd=cwd, max_retries=0)
+                jobs[job] = os.path.realpath(self.path(name))
+        self.drain("--count", "4")
+        for job, folder in jobs.items():
+            output = f"{folder}\n{folder} /bin/sh 0 none\n0\n1\n2\n3\n"
+            ended = [("exit", 7, output.encode())]
+            self.assertEqual(self.runs(job, "reason", "exit_code", "output"), ended)
+
+    def test_a_directory_that_hangs_holds_up_no_other_job_and_ends_in_time(
+        self,
+    ) -> None:
+        hung = self.hung_directory()
+        # One for each process of the worker.
+        stuck = [
+            self.put("true", cwd=hung, timeout=0.3, max_retries=0)
+            for _ in range(os.cpu_count() or 1)
+        ]
+        worker = self.worker("--count", str(2 * len(stuck)))
+        self.put_many(8, "true")
+        self.wait_ended(8, 5)
+        for job in stuck:
+            self.wait_state(job, State.DEAD, 5)
+            self.assertEqual(self.reasons(job), ["timeout"])
+        worker.signal(signal.SIGTERM)
+        self.assertEqual(worker.wait(5), 0)
+        self.assertEqual(self.living(), [])
 
     def test_a_path_that_is_not_utf_8_is_told_of_as_far_as_it_can_be(self) -> None:
         self.environment["PATH"] = os.fsdecode(b"/caf\xe9:") + os.environ["PATH"]
@@ -4391,6 +4525,23 @@ class StopAndReload(WorkCase):
         self.assertEqual(worker.wait(5), 128 + signal.SIGINT)
         self.assertEqual(self.job(job, "state", "attempts"), ("pending", 0))
         self.assertEqual(self.reasons(job), ["handed back"])
+
+    def test_a_job_that_ended_well_just_before_a_forced_stop_is_completed(
+        self,
+    ) -> None:
+        job = self.put("echo $$ > pid; until [ -e go ]; do sleep 0.02; done")
+        worker = self.worker()
+        [shell] = self.wait_lines("pid", 1)
+        [pid] = worker.children()
+        os.kill(pid, signal.SIGSTOP)
+        with open(self.path("go"), "w"):
+            pass
+        self.wait_until(lambda: not alive(int(shell)), "its shell has ended")
+        self.stop_now(worker)
+        os.kill(pid, signal.SIGCONT)
+        self.assertEqual(worker.wait(5), 128 + signal.SIGTERM)
+        self.assert_state(job, State.COMPLETED)
+        self.assertEqual(self.reasons(job), ["exit"])
 
     def test_cancel_ends_a_running_job_of_any_supervisor_within_two_seconds(
         self,
