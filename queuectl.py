@@ -2974,9 +2974,14 @@ def without_output(outcome: RunOutcome, why: str) -> RunOutcome:
     return dataclasses.replace(outcome, output=b"", detail=detail)
 
 def last_line(outcome: RunOutcome) -> str | None:
-    """Returns the last line that says something, for the dead letter."""
-    text = outcome.output[-4096:].decode("utf-8", "replace").strip()
-    line = text.split("\n")[-1].strip() or outcome.detail
+    """Returns the last line that says something, for the dead letter.
+
+    A NUL is left out: the command for a failure is told the line in its
+    environment, which can hold none.
+    """
+    tail = outcome.output[-4096:].replace(b"\0", b"")
+    text = tail.decode("utf-8", "replace").strip()
+    line = text.split("\n")[-1].strip() or outcome.detail.replace("\0", "")
     return line[:LAST_LINE_MAX] or None
 
 # -- rows as records

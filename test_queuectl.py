@@ -5872,6 +5872,17 @@ class QueueLimits(WorkCase):
         for argv in (["limit", "x", "-1"], ["limit", "x", "many"], ["pause", "a b"]):
             self.queuectl("queue", *argv, status=2)
 
+    def test_a_nul_in_the_last_line_does_not_keep_that_command_from_running(
+        self,
+    ) -> None:
+        told = 'echo "$QUEUECTL_PARENT_LAST_LINE" > told'
+        self.enqueue(
+            "printf 'broke\\0off\\n\\0\\0'; exit 3", max_retries=0, on_failure=told
+        )
+        self.drain()
+        self.assertEqual(self.lines("told"), ["brokeoff"])
+        self.assertEqual(self.sql("SELECT last_line FROM dlq"), [("brokeoff",)])
+
 
 class OneJob(WorkCase):
     """One job's life from the shell."""
