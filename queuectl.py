@@ -4250,12 +4250,16 @@ class ProcessingRow:
 def read_processing(cursor: Cursor, settings: Settings, index: str,
                     condition: SqlCondition) -> list[ClaimedJob]:
     """Returns the processing jobs that `condition` names."""
+    # Without retries a job asks for one run at most. Then a lost run is its
+    # last, whatever the setting says, and only its own word is to the contrary.
+    on_lost = (f"IF(COALESCE(max_retries, {settings.max_retries}) = 0, "
+               f"'dead', '{settings.on_lost}')")
     expressions = {
         "token": "COALESCE(token, '')",
         "max_attempts": "COALESCE(max_attempts, max_retries + 1, "
                         f"{settings.max_retries + 1})",
         "backoff_base": f"GREATEST(1, COALESCE(backoff_base, {settings.backoff_base}))",
-        "on_lost": f"COALESCE(on_lost, '{settings.on_lost}')",
+        "on_lost": f"COALESCE(on_lost, {on_lost})",
         "cancel_requested": "cancel_requested_at IS NOT NULL",
         "worker": "COALESCE(worker, '')",
         "timeout_s": f"COALESCE(timeout, {settings.job_timeout})",

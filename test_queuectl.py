@@ -4583,6 +4583,27 @@ class Crashes(WorkCase):
         self.wait_state(job, State.DEAD)
         self.assertEqual(self.reasons(job), ["lost"])
 
+    def test_without_retries_a_lost_job_runs_again_only_if_it_says_so_itself(
+        self,
+    ) -> None:
+        lost = self.turns()
+        for setting in (0, 3):
+            lost.settings = queuectl.Settings(max_retries=setting, on_lost="retry")
+            for own, on_lost, state in (
+                (0, None, State.DEAD),
+                (0, "retry", State.FAILED),
+                (1, None, State.FAILED),
+                (None, None, State.FAILED if setting else State.DEAD),
+            ):
+                job = self.put("true", max_retries=own, on_lost=on_lost)
+                lost.take(queuectl.TurnRequest(free=1, look=True))
+                self.sql("UPDATE jobs SET worker = 'gone' WHERE id = %s", job)
+                queuectl.take_over(lost.database, lost.settings, "gone", None)
+                found = self.job(job, "state", "reason")
+                self.sql("DELETE FROM jobs")
+                with self.subTest(f"setting {setting}, job {own}, on_lost {on_lost}"):
+                    self.assertEqual(found, (state, "lost"))
+
 
 class Outages(WorkCase):
     """A database that is away stops claiming, not running, and condemns nobody."""
