@@ -18,6 +18,7 @@ import dataclasses
 import datetime
 import fcntl
 import functools
+import itertools
 import json
 import os
 import pty
@@ -4279,6 +4280,30 @@ class StopAndReload(WorkCase):
         self.assert_state(retried, State.DEAD)
         self.assertEqual(len(self.lines("tries")), 3)
         self.assert_state(later, State.SCHEDULED)
+
+    def test_a_job_that_moves_while_drain_looks_is_never_overlooked(self) -> None:
+        job = self.put("true")
+        stop = threading.Event()
+
+        def move() -> None:
+            """Has the job go round, as one that fails and is retried does."""
+            connection = self.connection()
+            cursor = connection.cursor()
+            states = itertools.cycle(("processing", "failed", "pending"))
+            while not stop.is_set():
+                cursor.execute(
+                    "UPDATE jobs SET state = %s WHERE id = %s", (next(states), job)
+                )
+            connection.close()
+
+        mover = threading.Thread(target=move)
+        self.addCleanup(mover.join)
+        self.addCleanup(stop.set)
+        mover.start()
+        database = self.reach()
+        for _ in range(400):
+            drained = database.read(lambda cursor: queuectl.is_drained(cursor, ()))
+            self.assertFalse(drained)
 
     def test_drain_waits_for_what_another_worker_runs(self) -> None:
         self.put("echo > started; sleep 1")
