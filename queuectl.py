@@ -5675,6 +5675,7 @@ class Counting(NamedTuple):
 # is: whether that was done, where a COMMIT was not answered.
 Act = Callable[[Cursor, LockedJob], ActionResult]
 Stands = Callable[[LockedJob, LockedJob], bool]
+Lock = Callable[[Cursor, str], Optional[LockedJob]]
 
 class JobStore(JobQueries):
     """What a person asks of the queue, or changes in it."""
@@ -5702,7 +5703,7 @@ class JobStore(JobQueries):
         def stands(was: LockedJob, now: LockedJob) -> bool:
             # It may have run since, and be where it was.
             return now.state is not was.state or now.runs > was.runs
-        return self._on_one(job_id, act, stands)
+        return self._on_one(job_id, act, stands, _lock_with_parents)
 
     def _counting(self, retries: int, reset: bool) -> Counting:
         """Returns how a revived job's attempts are counted from now on."""
@@ -5762,8 +5763,11 @@ class JobStore(JobQueries):
 
     # -- a verb on one job
 
-    def _on_one(self, job_id: str, act: Act, stands: Stands) -> ActionResult:
+    def _on_one(self, job_id: str, act: Act, stands: Stands,
+                lock: Lock | None = None) -> ActionResult:
         """Locks one job, and returns what came of `act`.
+
+        `lock` locks what it needs beside the job's own row.
 
         A COMMIT's answer may be lost. Then `stands` says, from the row as it
         was and as it is, whether what was done stands; where it does not, or
@@ -5775,7 +5779,7 @@ class JobStore(JobQueries):
         tries: list[tuple[LockedJob, ActionResult]] = []
         def work(cursor: Cursor) -> ActionResult:
             """Does what the job's state allows."""
-            job = _lock_job(cursor, job_id)
+            job = (lock or _lock_job)(cursor, job_id)
             if not job:
                 return nothing
             result = act(cursor, job)
@@ -5817,6 +5821,23 @@ def _lock_job(cursor: Cursor, job_id: str) -> LockedJob | None:
         lambda seq, state, runs: LockedJob(seq, State(state), runs),
         "SELECT seq, state, runs FROM jobs WHERE id = %s FOR UPDATE", job_id)
     return found[0] if found else None
+
+def _lock_with_parents(cursor: Cursor, job_id: str) -> LockedJob | None:
+    """Locks a job's row, and before it those of the jobs that it waits for.
+
+    A parent is either settled before that, and we see its end; or it is settled
+    later, and finds its child blocked. Parents come first, as their seqs do:
+    whoever settles one locks in this order, too.
+    """
+    parents = cursor.rows(
+        int, "SELECT parent FROM dependencies JOIN jobs ON seq = child "
+        "WHERE id = %s", job_id)
+    if parents:
+        # Shared: two of its children may come back at the same moment.
+        cursor.rows(
+            int, "SELECT seq FROM jobs FORCE INDEX (PRIMARY) WHERE seq IN %s "
+            "ORDER BY seq LOCK IN SHARE MODE", parents)
+    return _lock_job(cursor, job_id)
 
 # -- what a verb does
 
@@ -5888,7 +5909,7 @@ def _unmet_parents(cursor: Cursor, seq: int) -> list[UnmetParent]:
         f"""
         SELECT {HOPELESS_SQL} AS hopeless, parents.id, parents.state
           FROM {PARENTS_SQL}
-         WHERE child = %s AND NOT {MET_SQL}
+         WHERE child = %s AND NOT {MET_SQL} {cursor.share}
         """, seq)
 
 

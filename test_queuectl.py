@@ -5782,6 +5782,40 @@ class Dependencies(WorkCase):
         self.drain()
         self.assertEqual(self.counts(), {"completed": 3})
 
+    def test_a_child_that_is_revived_while_its_parent_settles_is_not_forgotten(
+        self,
+    ) -> None:
+        self.chain(2, "exit 3", max_retries=0)
+        self.drain()
+        self.queuectl("dlq", "retry", "c0")
+        turns = self.turns()
+        [job] = turns.take(queuectl.TurnRequest(free=1, look=True)).jobs
+        store = queuectl.JobStore(self.reach(), turns.settings)
+        revive = functools.partial(store.revive, "c1", "revive")
+        release = turns._release
+        # The server's table of lock waits is stale where it is asked often.
+        waiting = (
+            "SELECT 1 FROM information_schema.processlist "
+            "WHERE info LIKE 'SELECT seq FROM jobs%SHARE MODE'"
+        )
+
+        def while_another_revives(*arguments: object) -> float:
+            """Goes on once the other is done, or waits for us."""
+            revived.append(pool.submit(revive))
+            self.wait_until(
+                lambda: revived[0].done() or self.sql(waiting), "it is done, or waits"
+            )
+            return release(*arguments)
+
+        revived: list[concurrent.futures.Future[queuectl.ActionResult]] = []
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            with unittest.mock.patch.object(turns, "_release", while_another_revives):
+                outcome = queuectl.RunOutcome(queuectl.Reason.EXIT, 0)
+                turns.take(queuectl.TurnRequest([(job.claim, outcome)]))
+            self.assertTrue(revived[0].result(20).ok)
+        self.assert_state("c0", State.COMPLETED)
+        self.assert_state("c1", State.PENDING)
+
     def test_drain_waits_for_what_waits_for_a_job_that_is_there(self) -> None:
         self.enqueue("true", id="a", delay="1")
         self.enqueue("true", id="b", after=["a"])
@@ -5831,6 +5865,17 @@ class Dependencies(WorkCase):
         self.assertEqual(
             self.sql("SELECT queue FROM jobs WHERE command = %s", told), [("etl",)]
         )
+
+    def test_a_nul_in_the_last_line_does_not_keep_that_command_from_running(
+        self,
+    ) -> None:
+        told = 'echo "$QUEUECTL_PARENT_LAST_LINE" > told'
+        self.enqueue(
+            "printf 'broke\\0off\\n\\0\\0'; exit 3", max_retries=0, on_failure=told
+        )
+        self.drain()
+        self.assertEqual(self.lines("told"), ["brokeoff"])
+        self.assertEqual(self.sql("SELECT last_line FROM dlq"), [("brokeoff",)])
 
 
 class QueueLimits(WorkCase):
@@ -5917,17 +5962,6 @@ class QueueLimits(WorkCase):
         self.assertNotIn("video", self.queuectl("queue", "list"))
         for argv in (["limit", "x", "-1"], ["limit", "x", "many"], ["pause", "a b"]):
             self.queuectl("queue", *argv, status=2)
-
-    def test_a_nul_in_the_last_line_does_not_keep_that_command_from_running(
-        self,
-    ) -> None:
-        told = 'echo "$QUEUECTL_PARENT_LAST_LINE" > told'
-        self.enqueue(
-            "printf 'broke\\0off\\n\\0\\0'; exit 3", max_retries=0, on_failure=told
-        )
-        self.drain()
-        self.assertEqual(self.lines("told"), ["brokeoff"])
-        self.assertEqual(self.sql("SELECT last_line FROM dlq"), [("brokeoff",)])
 
 
 class OneJob(WorkCase):
