@@ -3017,9 +3017,14 @@ def without_output(outcome: RunOutcome, why: str) -> RunOutcome:
     return dataclasses.replace(outcome, output=b"", detail=detail)
 
 def last_line(outcome: RunOutcome) -> str | None:
-    """Returns the last line that says something, for the dead letter."""
-    text = outcome.output[-4096:].decode("utf-8", "replace").strip()
-    line = text.split("\n")[-1].strip() or outcome.detail
+    """Returns the last line that says something, for the dead letter.
+
+    A NUL is left out: the command for a failure is told the line in its
+    environment, which can hold none.
+    """
+    tail = outcome.output[-4096:].replace(b"\0", b"")
+    text = tail.decode("utf-8", "replace").strip()
+    line = text.split("\n")[-1].strip() or outcome.detail.replace("\0", "")
     return line[:LAST_LINE_MAX] or None
 
 # -- rows as records
@@ -4288,12 +4293,16 @@ class ProcessingRow:
 def read_processing(cursor: Cursor, settings: Settings, index: str,
                     condition: SqlCondition) -> list[ClaimedJob]:
     """Returns the processing jobs that `condition` names."""
+    # Without retries a job asks for one run at most. Then a lost run is its
+    # last, whatever the setting says, and only its own word is to the contrary.
+    on_lost = (f"IF(COALESCE(max_retries, {settings.max_retries}) = 0, "
+               f"'dead', '{settings.on_lost}')")
     expressions = {
         "token": "COALESCE(token, '')",
         "max_attempts": "COALESCE(max_attempts, max_retries + 1, "
                         f"{settings.max_retries + 1})",
         "backoff_base": f"GREATEST(1, COALESCE(backoff_base, {settings.backoff_base}))",
-        "on_lost": f"COALESCE(on_lost, '{settings.on_lost}')",
+        "on_lost": f"COALESCE(on_lost, {on_lost})",
         "cancel_requested": "cancel_requested_at IS NOT NULL",
         "worker": "COALESCE(worker, '')",
         "timeout_s": f"COALESCE(timeout, {settings.job_timeout})",
@@ -4709,6 +4718,9 @@ def read_snapshot(cursor: Cursor, identity: WorkerIdentity,
         expired=[row.one for row in rows["expired"]],
         staged=[row.one for row in rows["config"] if row.one.startswith(STAGED)])
 
+# The states of a job that a draining worker waits for.
+MAY_RUN = (State.PENDING, State.FAILED, State.PROCESSING)
+
 def is_drained(cursor: Cursor, served: Sequence[str]) -> bool:
     """Returns whether these queues, paused ones aside, hold nothing that may
     still run.
@@ -4716,23 +4728,31 @@ def is_drained(cursor: Cursor, served: Sequence[str]) -> bool:
     No queue named means all. What is `scheduled` is not waited for, nor what
     is blocked by it alone.
     """
-    paused = set(cursor.rows(str, "SELECT name FROM queues WHERE paused_at > 0"))
-    for state in (State.PENDING, State.FAILED, State.PROCESSING):
-        names = set(queues_with(cursor, state)) - paused
-        if served:
-            names &= set(served)
-        if names:
-            return False
-    children, parents, values = "", "", list[object]()
+    paused = cursor.rows(str, "SELECT name FROM queues WHERE paused_at > 0")
+    # Names as values, and not a subquery: the index then passes over a paused
+    # queue, however many jobs wait in it.
+    here, values = "TRUE", list[object]()
+    if paused:
+        here += " AND queue NOT IN %s"
+        values.append(paused)
+    children, parents = "TRUE", "TRUE"
     if served:
-        children = "AND jobs.queue IN %s"
-        parents = "AND parents.queue IN %s"
-        values = [served, served]
-    blocked = cursor.rows(
-        int, f"SELECT 1 FROM {PARENTS_SQL} JOIN jobs ON jobs.seq = child "
-        f"WHERE jobs.state = 'blocked' {children} "
-        f"AND parents.state IN ('scheduled', 'blocked') {parents} LIMIT 1", *values)
-    return not blocked
+        here += " AND queue IN %s"
+        values.append(served)
+        children, parents = "jobs.queue IN %s", "parents.queue IN %s"
+    # One statement, so that all is seen at one moment: a job that is retried
+    # between two of them would be in none of the states asked for.
+    parts = [f"(SELECT 1 FROM jobs FORCE INDEX (jobs_claim) "
+             f"WHERE state = '{state}' AND {here} LIMIT 1)"
+             for state in MAY_RUN]
+    parts.append(f"""
+        (SELECT 1 FROM {PARENTS_SQL} JOIN jobs ON jobs.seq = child
+          WHERE jobs.state = 'blocked' AND {children}
+            AND parents.state IN ('scheduled', 'blocked') AND {parents} LIMIT 1)""")
+    blocked_values = [served, served] if served else []
+    found = cursor.rows(int, " UNION ALL ".join(parts),
+                        *values * len(MAY_RUN), *blocked_values)
+    return not found
 
 # -- what one transaction carries
 
@@ -5745,6 +5765,7 @@ class Counting(NamedTuple):
 # is: whether that was done, where a COMMIT was not answered.
 Act = Callable[[Cursor, LockedJob], ActionResult]
 Stands = Callable[[LockedJob, LockedJob], bool]
+Lock = Callable[[Cursor, str], Optional[LockedJob]]
 
 class JobStore(JobQueries):
     """What a person asks of the queue, or changes in it."""
@@ -5772,7 +5793,7 @@ class JobStore(JobQueries):
         def stands(was: LockedJob, now: LockedJob) -> bool:
             # It may have run since, and be where it was.
             return now.state is not was.state or now.runs > was.runs
-        return self._on_one(job_id, act, stands)
+        return self._on_one(job_id, act, stands, _lock_with_parents)
 
     def _counting(self, retries: int, reset: bool) -> Counting:
         """Returns how a revived job's attempts are counted from now on."""
@@ -5832,8 +5853,11 @@ class JobStore(JobQueries):
 
     # -- a verb on one job
 
-    def _on_one(self, job_id: str, act: Act, stands: Stands) -> ActionResult:
+    def _on_one(self, job_id: str, act: Act, stands: Stands,
+                lock: Lock | None = None) -> ActionResult:
         """Locks one job, and returns what came of `act`.
+
+        `lock` locks what it needs beside the job's own row.
 
         A COMMIT's answer may be lost. Then `stands` says, from the row as it
         was and as it is, whether what was done stands; where it does not, or
@@ -5845,7 +5869,7 @@ class JobStore(JobQueries):
         tries: list[tuple[LockedJob, ActionResult]] = []
         def work(cursor: Cursor) -> ActionResult:
             """Does what the job's state allows."""
-            job = _lock_job(cursor, job_id)
+            job = (lock or _lock_job)(cursor, job_id)
             if not job:
                 return nothing
             result = act(cursor, job)
@@ -5887,6 +5911,23 @@ def _lock_job(cursor: Cursor, job_id: str) -> LockedJob | None:
         lambda seq, state, runs: LockedJob(seq, State(state), runs),
         "SELECT seq, state, runs FROM jobs WHERE id = %s FOR UPDATE", job_id)
     return found[0] if found else None
+
+def _lock_with_parents(cursor: Cursor, job_id: str) -> LockedJob | None:
+    """Locks a job's row, and before it those of the jobs that it waits for.
+
+    A parent is either settled before that, and we see its end; or it is settled
+    later, and finds its child blocked. Parents come first, as their seqs do:
+    whoever settles one locks in this order, too.
+    """
+    parents = cursor.rows(
+        int, "SELECT parent FROM dependencies JOIN jobs ON seq = child "
+        "WHERE id = %s", job_id)
+    if parents:
+        # Shared: two of its children may come back at the same moment.
+        cursor.rows(
+            int, "SELECT seq FROM jobs FORCE INDEX (PRIMARY) WHERE seq IN %s "
+            "ORDER BY seq LOCK IN SHARE MODE", parents)
+    return _lock_job(cursor, job_id)
 
 # -- what a verb does
 
@@ -5958,7 +5999,7 @@ def _unmet_parents(cursor: Cursor, seq: int) -> list[UnmetParent]:
         f"""
         SELECT {HOPELESS_SQL} AS hopeless, parents.id, parents.state
           FROM {PARENTS_SQL}
-         WHERE child = %s AND NOT {MET_SQL}
+         WHERE child = %s AND NOT {MET_SQL} {cursor.share}
         """, seq)
 
 

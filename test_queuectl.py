@@ -19,6 +19,7 @@ import dataclasses
 import datetime
 import fcntl
 import functools
+import itertools
 import json
 import os
 import pty
@@ -4598,6 +4599,30 @@ class StopAndReload(WorkCase):
         self.assertEqual(len(self.lines("tries")), 3)
         self.assert_state(later, State.SCHEDULED)
 
+    def test_a_job_that_moves_while_drain_looks_is_never_overlooked(self) -> None:
+        job = self.put("true")
+        stop = threading.Event()
+
+        def move() -> None:
+            """Has the job go round, as one that fails and is retried does."""
+            connection = self.connection()
+            cursor = connection.cursor()
+            states = itertools.cycle(("processing", "failed", "pending"))
+            while not stop.is_set():
+                cursor.execute(
+                    "UPDATE jobs SET state = %s WHERE id = %s", (next(states), job)
+                )
+            connection.close()
+
+        mover = threading.Thread(target=move)
+        self.addCleanup(mover.join)
+        self.addCleanup(stop.set)
+        mover.start()
+        database = self.reach()
+        for _ in range(400):
+            drained = database.read(lambda cursor: queuectl.is_drained(cursor, ()))
+            self.assertFalse(drained)
+
     def test_drain_waits_for_what_another_worker_runs(self) -> None:
         self.put("echo > started; sleep 1")
         self.worker()
@@ -5075,6 +5100,27 @@ class Crashes(WorkCase):
         self.worker()
         self.wait_state(job, State.DEAD)
         self.assertEqual(self.reasons(job), ["lost"])
+
+    def test_without_retries_a_lost_job_runs_again_only_if_it_says_so_itself(
+        self,
+    ) -> None:
+        lost = self.turns()
+        for setting in (0, 3):
+            lost.settings = queuectl.Settings(max_retries=setting, on_lost="retry")
+            for own, on_lost, state in (
+                (0, None, State.DEAD),
+                (0, "retry", State.FAILED),
+                (1, None, State.FAILED),
+                (None, None, State.FAILED if setting else State.DEAD),
+            ):
+                job = self.put("true", max_retries=own, on_lost=on_lost)
+                lost.take(queuectl.TurnRequest(free=1, look=True))
+                self.sql("UPDATE jobs SET worker = 'gone' WHERE id = %s", job)
+                queuectl.take_over(lost.database, lost.settings, "gone", None)
+                found = self.job(job, "state", "reason")
+                self.sql("DELETE FROM jobs")
+                with self.subTest(f"setting {setting}, job {own}, on_lost {on_lost}"):
+                    self.assertEqual(found, (state, "lost"))
 
 
 class Outages(WorkCase):
@@ -6282,6 +6328,40 @@ class Dependencies(WorkCase):
         self.drain()
         self.assertEqual(self.counts(), {"completed": 3})
 
+    def test_a_child_that_is_revived_while_its_parent_settles_is_not_forgotten(
+        self,
+    ) -> None:
+        self.chain(2, "exit 3", max_retries=0)
+        self.drain()
+        self.queuectl("dlq", "retry", "c0")
+        turns = self.turns()
+        [job] = turns.take(queuectl.TurnRequest(free=1, look=True)).jobs
+        store = queuectl.JobStore(self.reach(), turns.settings)
+        revive = functools.partial(store.revive, "c1", "revive")
+        release = turns._release
+        # The server's table of lock waits is stale where it is asked often.
+        waiting = (
+            "SELECT 1 FROM information_schema.processlist "
+            "WHERE info LIKE 'SELECT seq FROM jobs%SHARE MODE'"
+        )
+
+        def while_another_revives(*arguments: object) -> float:
+            """Goes on once the other is done, or waits for us."""
+            revived.append(pool.submit(revive))
+            self.wait_until(
+                lambda: revived[0].done() or self.sql(waiting), "it is done, or waits"
+            )
+            return release(*arguments)
+
+        revived: list[concurrent.futures.Future[queuectl.ActionResult]] = []
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            with unittest.mock.patch.object(turns, "_release", while_another_revives):
+                outcome = queuectl.RunOutcome(queuectl.Reason.EXIT, 0)
+                turns.take(queuectl.TurnRequest([(job.claim, outcome)]))
+            self.assertTrue(revived[0].result(20).ok)
+        self.assert_state("c0", State.COMPLETED)
+        self.assert_state("c1", State.PENDING)
+
     def test_drain_waits_for_what_waits_for_a_job_that_is_there(self) -> None:
         self.enqueue("true", id="a", delay="1")
         self.enqueue("true", id="b", after=["a"])
@@ -6331,6 +6411,17 @@ class Dependencies(WorkCase):
         self.assertEqual(
             self.sql("SELECT queue FROM jobs WHERE command = %s", told), [("etl",)]
         )
+
+    def test_a_nul_in_the_last_line_does_not_keep_that_command_from_running(
+        self,
+    ) -> None:
+        told = 'echo "$QUEUECTL_PARENT_LAST_LINE" > told'
+        self.enqueue(
+            "printf 'broke\\0off\\n\\0\\0'; exit 3", max_retries=0, on_failure=told
+        )
+        self.drain()
+        self.assertEqual(self.lines("told"), ["brokeoff"])
+        self.assertEqual(self.sql("SELECT last_line FROM dlq"), [("brokeoff",)])
 
 
 class QueueLimits(WorkCase):
