@@ -97,11 +97,13 @@ Json = Union[None, bool, int, float, str, List["Json"], "dict[str, Json]"]
 # whatever else is raised is a bug, and its traceback is let out. A message
 # never carries characters that could steer the terminal it is printed on.
 
-# The exit statuses. 69 is EX_UNAVAILABLE of sysexits.h, 124 is what timeout(1)
-# exits with, and 130 is what a shell reports of a program that Ctrl-C ended.
+# The exit statuses. 69 is EX_UNAVAILABLE of sysexits.h and 74 its EX_IOERR, 124
+# is what timeout(1) exits with, and 130 is what a shell reports of a program
+# that Ctrl-C ended.
 CANNOT = 1
 USAGE = 2
 UNAVAILABLE = 69
+OUTPUT_CUT = 74
 TIMED_OUT = 124
 INTERRUPTED = 130
 
@@ -114,6 +116,13 @@ class Problem(Exception):
         self.what = what
         self.hint = hint
         self.status = status
+
+class Interrupted(KeyboardInterrupt):
+    """A signal tells us to leave; `status` is what a shell reports of it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.status = 128 + number
 
 def excerpt(value: object, limit: int = 60) -> str:
     """Returns the value for a message: printable, on one line, and short."""
@@ -1170,6 +1179,8 @@ class RunOutcome:
     duration_s: float | None = None
     output: bytes = b""
     output_bytes: int = 0  # how many it wrote, kept or not
+    # More of it than is kept, for those who follow the run: see OutputTrimmer.
+    to_follow: bytes = b""
 
 class Transition(NamedTuple):
     """What an ended run makes of its job: a name in TRANSITIONS, and with it."""
@@ -2988,24 +2999,31 @@ Ended = Tuple[Claim, RunOutcome]
 def cut_mark(total: int) -> bytes:
     return b"\n[queuectl: %d bytes in all, the middle is left out]\n" % total
 
-def output_since(kept: bytes, total: int, seen: int) -> bytes:
+class OutputPiece(NamedTuple):
+    """Some of a run's output, and how much is missing before it."""
+    data: bytes
+    left_out: int = 0  # bytes of the middle that were not kept
+
+def output_since(kept: bytes, total: int, seen: int) -> list[OutputPiece]:
     """Returns what follows the first `seen` bytes of a stream of `total`
     bytes.
 
     `kept` is what OutputBuffer.kept left of the stream. Let it be `abcde`, the
-    cut mark and `vwxyz`, of 26 letters: who has seen 3 gets `de`, the mark and
-    `vwxyz`; who has seen 23 gets `xyz`, for those are in the part after the
-    mark.
+    cut mark and `vwxyz`, of 26 letters: who has seen 3 gets `de`, and `vwxyz`
+    with 16 left out before it; who has seen 23 gets `xyz`, for those are in
+    the part after the mark.
     """
     if total <= seen:
-        return b""
+        return []
     head, mark, tail = kept.partition(cut_mark(total))
     new = total - seen
     if not mark:
-        return head[-new:]
+        return [OutputPiece(head[-new:])]
     if new <= len(tail):
-        return tail[-new:]
-    return head[seen:] + mark + tail
+        return [OutputPiece(tail[-new:])]
+    read = max(seen, len(head))
+    left_out = total - len(tail) - read
+    return [OutputPiece(head[seen:]), OutputPiece(tail, left_out)]
 
 def without_output(outcome: RunOutcome, why: str) -> RunOutcome:
     """Returns the outcome of a run whose output cannot be stored.
@@ -3014,7 +3032,7 @@ def without_output(outcome: RunOutcome, why: str) -> RunOutcome:
     """
     detail = f"{outcome.detail}; output not stored: {why}".lstrip("; ")
     detail = detail.encode("ascii", "replace").decode()
-    return dataclasses.replace(outcome, output=b"", detail=detail)
+    return dataclasses.replace(outcome, output=b"", to_follow=b"", detail=detail)
 
 def last_line(outcome: RunOutcome) -> str | None:
     """Returns the last line that says something, for the dead letter.
@@ -3373,7 +3391,8 @@ def write_history(cursor: Cursor, packet_bytes: int, found: Iterable[Ended]) -> 
         rows.append((template, (
             claim.seq, claim.run, claim.attempts, claim.worker, claim.started_at,
             outcome.duration_s, outcome.exit_code, outcome.reason,
-            detail[:DETAIL_MAX] or None, outcome.output or None,
+            detail[:DETAIL_MAX] or None,
+            _output_to_store(outcome, packet_bytes) or None,
             outcome.output_bytes)))
     # A late flush of output must not take away what is there.
     inserts = batched_inserts(
@@ -3390,6 +3409,14 @@ def write_history(cursor: Cursor, packet_bytes: int, found: Iterable[Ended]) -> 
         """)
     for insert in inserts:
         cursor.defer(insert)
+
+def _output_to_store(outcome: RunOutcome, packet_bytes: int) -> bytes:
+    """Returns what is stored of a run's output: what followers need, if it fits."""
+    # Its bytes are sent as hexadecimal digits, two for each.
+    fits = 2 * len(outcome.to_follow) <= packet_bytes // 2
+    if outcome.to_follow and fits:
+        return outcome.to_follow
+    return outcome.output
 
 # -- dead letters
 
@@ -4529,6 +4556,80 @@ def purge(database: Database, state: State, before: str) -> int:
         return len(seqs)
     return database.transact(work)
 
+# So long after its end a run has more of its output stored than is kept, for
+# those who follow it and may be late.
+FOLLOWED_S = 10.0
+# A worker that stops waits only as long as a follower pauses.
+FOLLOWED_AT_STOP_S = 0.3
+TRIMMED_AT_ONCE = 100
+TRIMMED_FOR_S = 0.5  # no longer at a time, so that turns go on
+
+class OutputTrimmer:
+    """Cuts the output of runs that ended down to what is kept, after a while.
+
+    A run's end is written at once, with as much of its output as those need
+    who follow it. So no run waits for a follower, and a follower that is late
+    loses nothing. Should a worker die before it has trimmed one, more stays.
+    """
+    TRIM = """
+        UPDATE runs
+           SET output = CONCAT(LEFT(output, %s), %s, RIGHT(output, %s))
+         WHERE job_seq = %s AND run = %s
+           AND output_bytes = %s AND LENGTH(output) > %s
+        """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        # When each is to be trimmed, and the values of TRIM; the oldest first.
+        self._waiting: collections.deque[tuple[float, Values]] = collections.deque()
+
+    def add(self, settlements: Iterable[Settlement]) -> None:
+        """Takes the runs whose end was just written."""
+        trim_at = time.monotonic() + FOLLOWED_S
+        for one in settlements:
+            claim, outcome = one.claim, one.outcome
+            if not outcome.to_follow:
+                continue
+            # What is kept is all in the database: its form is enough.
+            mark = cut_mark(outcome.output_bytes)
+            head, _, tail = outcome.output.partition(mark)
+            self._waiting.append((trim_at, (
+                len(head), mark, len(tail), claim.seq, claim.run,
+                outcome.output_bytes, len(outcome.output))))
+
+    def run(self) -> None:
+        """Trims those for which it is time, as many as it may at a time."""
+        now = time.monotonic()
+        while self._trim_some(now):
+            if time.monotonic() > now + TRIMMED_FOR_S:
+                return
+
+    def finish(self) -> None:
+        """Trims all that are left, before their worker leaves."""
+        if self._waiting:
+            time.sleep(FOLLOWED_AT_STOP_S)
+        while self._trim_some(math.inf):
+            pass
+
+    def _trim_some(self, now: float) -> bool:
+        """Trims a batch, the oldest first; returns whether there were any."""
+        batch: list[Values] = []
+        while self._waiting and len(batch) < TRIMMED_AT_ONCE:
+            trim_at, values = self._waiting[0]
+            if trim_at > now:
+                break
+            batch.append(values)
+            self._waiting.popleft()
+
+        def work(cursor: Transaction) -> None:
+            for values in batch:
+                cursor.execute(self.TRIM, values)
+
+        if batch:
+            # To trim it twice changes nothing.
+            self._database.transact(work)
+        return bool(batch)
+
 class Maintenance:
     """When each of these was done last, and how far it came."""
     def __init__(self, database: Database) -> None:
@@ -4783,14 +4884,17 @@ class Packer:
         """Returns what the next try is to carry of these results, at least one."""
         last = self.load.ended
         if tries.slow and len(last) > 1:
-            sent = sum(len(outcome.output) for _, outcome in last)
+            sent = sum(map(self._bytes_of, last))
             self._bytes_at_once = sent // 2
         left = self._bytes_at_once
         taken: list[Ended] = []
         for claim, outcome in ended:
+            # A slow wire has no time for what will be trimmed again.
+            if tries.slow:
+                outcome = dataclasses.replace(outcome, to_follow=b"")
             if left > 0:
                 taken.append((claim, outcome))
-                left -= len(outcome.output)
+                left -= self._bytes_of(taken[-1])
         # The first try has no heartbeat right before it; each repeat has.
         if tries.slow > 1 and len(last) == 1:
             claim, outcome = taken[0]
@@ -4807,6 +4911,12 @@ class Packer:
                 unflushed.append((claim.seq, claim.token))
         self.load = Load(taken, shown, ended[len(taken):], unflushed)
         return self.load
+
+    @staticmethod
+    def _bytes_of(ended: Ended) -> int:
+        """Returns how much output goes with a result."""
+        _, outcome = ended
+        return len(outcome.to_follow or outcome.output)
 
     def took(self, seconds: float) -> None:
         """Learns how long it took; where more was waiting, more may go at once."""
@@ -4827,6 +4937,7 @@ class TurnTaker:
         self._detector = FailureDetector()
         self._maintenance = Maintenance(database)
         self._packer = Packer()
+        self.trimmer = OutputTrimmer(database)
         self._settlements: list[Settlement] = []  # of the present try
         self._state = ""  # as our row says
 
@@ -4847,6 +4958,7 @@ class TurnTaker:
         except RowRefused as refused:
             return self._settle_one_by_one(request, refused)
         self._packer.took(time.monotonic() - started)
+        self.trimmer.add(result.settlements)
         if not result.alive or not snapshot:
             return result
         return self._look_around(request, result, snapshot)
@@ -5038,6 +5150,8 @@ class TurnTaker:
         if request.ended:
             notes.append(f"a result was refused by the database: {refused}")
         for claim, outcome in request.ended:
+            # What follows a run is not worth another refusal.
+            outcome = dataclasses.replace(outcome, to_follow=b"")
             try:
                 self._settle_now([(claim, outcome)])
             except RowRefused as error:
@@ -5071,6 +5185,7 @@ class TurnTaker:
             # By id, one by one: a scan would wait for every worker in a turn.
             for worker in snapshot.expired:
                 deregister(self.database, worker)
+        self.trimmer.run()
         if self.purges:
             self._maintenance.run(self.settings)
         return dataclasses.replace(result, snapshot=snapshot, lost=lost,
@@ -5230,10 +5345,7 @@ def read_config(database: Database) -> dict[str, str]:
 # -- following a job
 
 SLOW_START_S = 2.0
-# Whoever follows a run reads its output at least this often. For so long a
-# worker puts off the end of a run that wrote more than is kept: a follower is
-# to read the middle of it before it is cut out.
-FOLLOWED_S = 0.3
+FOLLOW_PAUSE_S = 0.1  # the longest pause of whoever follows a run's output
 # Pauses begin with this, so that a short job is told of at once, and grow by
 # half each time, so that a long one costs the server little.
 FIRST_PAUSE_S = 0.02
@@ -5258,7 +5370,7 @@ class OutputFollower:
         self._pause_s = FIRST_PAUSE_S
         self._when_slow = when_slow
 
-    def follow(self) -> Iterator[bytes]:
+    def follow(self) -> Iterator[OutputPiece]:
         """Yields what is new, until the job has ended."""
         slow_at = time.monotonic() + SLOW_START_S
         while True:
@@ -5275,7 +5387,7 @@ class OutputFollower:
                 if state != State.PROCESSING and not self._run:
                     self._when_slow()
             time.sleep(self._pause_s)
-            self._pause_s = min(1.5 * self._pause_s, FOLLOWED_S / 3)
+            self._pause_s = min(1.5 * self._pause_s, FOLLOW_PAUSE_S)
 
     def _read(self) -> list[RunOutput]:
         """Returns the present run and later ones, with output that is new."""
@@ -5292,7 +5404,7 @@ class OutputFollower:
             raise no_such_job(self._job_id)
         return found
 
-    def _new_output(self, found: Iterable[RunOutput]) -> Iterator[bytes]:
+    def _new_output(self, found: Iterable[RunOutput]) -> Iterator[OutputPiece]:
         """Yields what we have not seen of these runs."""
         for row in found:
             if row.run and row.run != self._run:
@@ -5301,7 +5413,7 @@ class OutputFollower:
                 self._run = row.run
                 self._seen = 0
             if row.kept and row.output_bytes:
-                yield output_since(row.kept, row.output_bytes, self._seen)
+                yield from output_since(row.kept, row.output_bytes, self._seen)
                 self._seen = row.output_bytes
                 # Where something came, more may come soon.
                 self._pause_s = FIRST_PAUSE_S
@@ -5494,8 +5606,14 @@ class JobQueries:
             seq, run)
         return found[0] if found else b""
 
+    def check_may_follow(self) -> None:
+        """Raises a Problem where our account may not read all that of a job
+        which it enqueues: its output, and why it does not start."""
+        self.database.run(
+            "SELECT 1 FROM runs, workers, queues, dependencies, dlq LIMIT 0")
+
     def follow(self, job_id: str, run: int,
-               when_slow: Thunk = _nothing) -> Iterator[bytes]:
+               when_slow: Thunk = _nothing) -> Iterator[OutputPiece]:
         """Yields a job's output, from run number `run` on, until it has ended.
 
         `when_slow` is called if it has not started after SLOW_START_S.
@@ -6632,8 +6750,8 @@ READ_BYTES = 65536
 # bear from many runs.
 FIRST_FLUSH_S = 0.05
 NEXT_FLUSH_S = 1.0
-# While a run goes on, its row has the last part of its output at so many times
-# the limit.
+# While a run goes on, and FOLLOWED_S after its end, its row has the last part of
+# its output at so many times the limit.
 FOLLOWED_LIMITS = 4
 # How many reads empty a pipe: the largest that an ordinary user can make holds
 # 1 MiB, and this is twice as much.
@@ -6642,8 +6760,8 @@ LAST_READS = 32
 class OutputBuffer:
     """The first and the last bytes of a stream, `limit` in all, the cut marked.
 
-    While it goes on, FOLLOWED_LIMITS times that is there for those who follow
-    it: they lose nothing even if they miss a flush.
+    For those who follow it, FOLLOWED_LIMITS times that is there: they lose
+    nothing even if they miss a flush.
     """
     def __init__(self, limit: int) -> None:
         self.total = 0  # bytes, kept or not
@@ -6651,6 +6769,11 @@ class OutputBuffer:
         self._head_max = limit // 2
         self._head = bytearray()
         self._tail = bytearray()
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether more came than is kept."""
+        return self.total > self._limit
 
     @property
     def _followed_max(self) -> int:
@@ -6937,9 +7060,6 @@ class RunTimes:
     check_at: float
     # When its kill_grace is over; infinite until it is told to end.
     kill_at: float = math.inf
-    # When those who follow it have read what they must; infinite until the
-    # run is gone, and has been asked whether it may be settled.
-    settle_at: float = math.inf
     # When its shell ended, as far as that was seen.
     shell_ended: float | None = None
 
@@ -7061,27 +7181,6 @@ class RunningJob:
         """Has the output flushed again: the last flush has not arrived."""
         self._output.put_off_flush()
 
-    def may_settle(self, now: float) -> bool:
-        """Returns whether who follows could read what the final cut drops.
-
-        A run that is gone is asked until it may. If much has come since the
-        last flush, and the cut would drop some of it, that is flushed at once,
-        and settled after FOLLOWED_S.
-        """
-        times = self._times
-        if math.isinf(times.settle_at):
-            limit = self.settings.output_limit
-            is_cut = self._output.buffer.total > limit
-            # The tail that is kept has nearly half the limit: a quarter of it
-            # is read there by those who follow.
-            if is_cut and self._output.unflushed_bytes > limit // 4:
-                self._output.flush_at = now
-                times.settle_at = now + FOLLOWED_S
-                times.check_at = times.settle_at
-            else:
-                times.settle_at = now
-        return now >= times.settle_at
-
     # -- ending
 
     def terminate(self, cause: Reason | None,
@@ -7200,13 +7299,17 @@ class RunningJob:
         if ended is None:
             ended = time.monotonic()
         buffer = self._output.buffer
+        to_follow = b""
+        if buffer.is_cut:
+            to_follow = buffer.kept(to_follow=True)
         return RunOutcome(
             reason,
             exit_code,
             detail,
             duration_s=ended - self._times.started,
             output=buffer.kept(),
-            output_bytes=buffer.total)
+            output_bytes=buffer.total,
+            to_follow=to_follow)
 
     def _reason_and_code(self) -> tuple[Reason, int | None, str]:
         """Returns why it ended, its exit code if any, and a detail or ""."""
@@ -7755,6 +7858,7 @@ class Membership:
     def leave(self, ring_own: bool) -> None:
         """Deletes our row, and with `ring_own` ends our own doorbell's sleep."""
         database = self._turns.database
+        self._turns.trimmer.finish()
         deregister(database, self.worker)
         if ring_own:
             ring(database, worker=self.worker)
@@ -8127,7 +8231,7 @@ class RunTable:
         process_table = ProcessTable()
         for process in list(self.running.values()):
             process.tick(now, process_table)
-            if process.gone and process.may_settle(now):
+            if process.gone:
                 del self.running[process.key]
                 # Its shell refused our signal, and goes on without us.
                 if process.status is None:
@@ -9656,6 +9760,8 @@ class PrivateServer:
 # error. What came out of the database must never steer the terminal: its
 # control characters are shown, not sent.
 
+LEFT_OUT_MARK = b"\n[queuectl: %d bytes are left out here]\n"
+
 def escaped(text: str) -> str:
     """Returns the text on one line, with its control characters shown."""
     return text.translate(ESCAPES)
@@ -9677,28 +9783,35 @@ def print_json(document: Json) -> None:
     """Prints a document as JSON, on one line."""
     print(json.dumps(document))
 
-def print_output(pieces: Iterable[bytes]) -> None:
+def print_output(pieces: Iterable[OutputPiece]) -> int:
     """Prints a job's output, piece by piece, and ends its last line.
 
-    It goes out as it is into a file or a pipe. On a terminal its control
-    characters are shown.
+    On a terminal its control characters are shown, and a cut is marked. Into a
+    file or a pipe it goes as it is, and nothing else; returns how many bytes
+    are missing there.
     """
     # A character may begin in one piece and end in the next.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     last = "\n"
+    missing = 0
     for piece in pieces:
         if sys.stdout.isatty():
-            text = decoder.decode(piece)
+            data = piece.data
+            if piece.left_out:
+                data = LEFT_OUT_MARK % piece.left_out + data
+            text = decoder.decode(data)
             printable = text.translate(MULTILINE)
             sys.stdout.write(printable)
             # A piece may be a part of a character only, and print nothing.
             last = printable or last
         else:
-            sys.stdout.buffer.write(piece)
+            missing += piece.left_out
+            sys.stdout.buffer.write(piece.data)
         # Whoever follows a job sees each piece as it comes.
         sys.stdout.flush()
     if not last.endswith("\n"):
         print_line("")
+    return missing
 
 # -- widths
 
@@ -10632,6 +10745,40 @@ def open_store(policy: RetryPolicy = READING) -> Iterator[JobStore]:
         loaded = load_settings(environment, read_config(database))
         yield JobStore(database, loaded.settings)
 
+# What a person, a terminal that goes away, or a service manager sends.
+LEAVE_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+@contextlib.contextmanager
+def interrupted_by(*numbers: int) -> Iterator[None]:
+    """Has these signals raise Interrupted, but for those that are ignored.
+
+    So nohup, and a shell that starts us in the background, keep their word.
+    """
+    def interrupt(number: int, frame: object) -> None:
+        raise Interrupted(number)
+
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, interrupt)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+@contextlib.contextmanager
+def ignored(*numbers: int) -> Iterator[None]:
+    """Has these signals do nothing."""
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
 def report(results: Iterable[ActionResult], as_json: bool,
            store: JobStore | None = None) -> int:
     """Prints what a verb did to each job, and rings the workers of `store`.
@@ -10854,7 +11001,8 @@ def _ids_and_states(spool: Spool,
 def run_here(args: argparse.Namespace) -> int:
     """Enqueue a command, show its output, leave with its status.
 
-    No retries, no time limit, and this directory, unless told. Ctrl-C cancels it.
+    No retries, no time limit, and this directory, unless told. Ctrl-C, TERM and HUP
+    cancel it. Exit 74: not all of its output came into the file or pipe.
     """
     # As if the command had been typed without `queuectl run` before it.
     as_typed = {"max_retries": 0, "timeout": 0, "cwd": absolute(".")}
@@ -10863,24 +11011,33 @@ def run_here(args: argparse.Namespace) -> int:
         what = "run takes -c CMD, or -- PROG ARG…"
         raise Problem(what, "see: queuectl help run", USAGE)
     spool = _spool_document({"command": _given_command(args)}, defaults)
-    job_id = spool.first_id
     with open_store(FOLLOWING) as store:
-        enqueue(store.database, spool, False)
-        ended_by_itself = _follow_to_its_end(store, spool)
-        job = store.details(job_id).row
-        if not ended_by_itself:
-            return INTERRUPTED
-        # An exit status speaks for itself; a time limit or a lost worker
-        # does not.
-        if job.state != State.COMPLETED and job.reason != Reason.EXIT:
-            _, why = explain(store, job_id)
-            notice(f"job {job_id}: {why}")
-    return CANNOT if job.exit_code is None else job.exit_code
+        _check_it_can_be_followed(store)
+        try:
+            with interrupted_by(*LEAVE_SIGNALS):
+                missing = _enqueue_and_follow(store, spool)
+        except (KeyboardInterrupt, OSError) as error:
+            # Without us nobody watches it, and it may have no time limit.
+            with interrupted_by(*LEAVE_SIGNALS):
+                _cancel_and_wait(store, spool.first_id)
+            if isinstance(error, Interrupted):
+                return error.status
+            raise
+        return _status_of_run(store, spool.first_id, missing)
 
-def _follow_to_its_end(store: JobStore, spool: Spool) -> bool:
-    """Shows the output of the job just enqueued until it has ended.
+def _check_it_can_be_followed(store: JobStore) -> None:
+    """Raises a Problem where our account may not read what `run` will read."""
+    try:
+        store.check_may_follow()
+    except Problem as problem:
+        problem.what = ("nothing was enqueued, since its output could not be "
+                        f"followed: {problem.what}")
+        raise
 
-    Ctrl-C cancels the job, whose end is awaited; False then.
+def _enqueue_and_follow(store: JobStore, spool: Spool) -> int:
+    """Enqueues a job and shows its output until it has ended.
+
+    Returns how many bytes of it are missing in a file or a pipe.
     """
     job_id = spool.first_id
 
@@ -10888,20 +11045,46 @@ def _follow_to_its_end(store: JobStore, spool: Spool) -> bool:
         _, why = explain(store, job_id)
         notice(f"job {job_id} has not started: {why}")
 
-    try:
-        ring(store.database, 1, spool.queues)
-        print_output(store.follow(job_id, 0, say_why_not))
-    except KeyboardInterrupt:
+    enqueue(store.database, spool, False)
+    ring(store.database, 1, spool.queues)
+    return print_output(store.follow(job_id, 0, say_why_not))
+
+def _cancel_and_wait(store: JobStore, job_id: str) -> None:
+    """Cancels the job of a `run` that is to leave, and awaits its end."""
+    # The terminal may have gone away, and then nothing can be said.
+    with contextlib.suppress(OSError):
         notice(f"cancelling job {job_id}; again leaves it to its worker")
-        # The job runs on another host, perhaps: its worker alone can end
-        # it. We wait, so that nothing of it runs any more once the prompt
-        # is back.
+    # We may have been interrupted in the midst of an answer.
+    store.database.close()
+    # A terminal that goes away sends HUP twice; this must be done even so.
+    with ignored(signal.SIGHUP, signal.SIGTERM):
         store.cancel(job_id)
         ring(store.database)
-        for _ in store.wait([job_id], False, math.inf):
-            pass
-        return False
-    return True
+    # The job runs on another host, perhaps: its worker alone can end it. We
+    # wait, so that nothing of it runs any more once the prompt is back.
+    for _ in store.wait([job_id], False, math.inf):
+        pass
+
+def _status_of_run(store: JobStore, job_id: str, missing: int) -> int:
+    """Returns what `run` exits with, and says what that does not tell."""
+    _say_left_out(job_id, missing)
+    job = store.details(job_id).row
+    # An exit status speaks for itself; a time limit or a lost worker does not.
+    if job.state != State.COMPLETED and job.reason != Reason.EXIT:
+        _, why = explain(store, job_id)
+        notice(f"job {job_id}: {why}")
+    if job.exit_code is None:
+        return CANNOT
+    return job.exit_code or (OUTPUT_CUT if missing else 0)
+
+def _say_left_out(job_id: str, missing: int) -> None:
+    """Says how much of a job's output is missing where it was printed to."""
+    if missing:
+        notice(
+            f"job {job_id} wrote faster than can be followed: {missing:,} bytes "
+            "of its output are left out\n"
+            "  have more of it kept: queuectl config set output_limit 1048576; "
+            "or have the job write to a file")
 
 @command(
     "list",
@@ -11055,11 +11238,13 @@ def logs(args: argparse.Namespace) -> None:
                 f"see: queuectl show {args.id}")
         if args.follow:
             first = args.run or max(runs, default=0)
-            print_output(store.follow(args.id, first))
+            missing = print_output(store.follow(args.id, first))
+            _say_left_out(args.id, missing)
         elif args.run:
-            print_output([store.output(details.row.seq, args.run)])
+            output = store.output(details.row.seq, args.run)
+            print_output([OutputPiece(output)])
         else:
-            print_output([details.output])
+            print_output([OutputPiece(details.output)])
     if not runs and not args.follow:
         state = details.row.state
         print_notice(f"job {args.id} is {state} and has not run yet")
@@ -12017,6 +12202,8 @@ def main() -> int:
     except RowRefused as refused:
         notice(f"the server refused the data: {refused}")
         return CANNOT
+    except Interrupted as interrupted:
+        return interrupted.status
     except KeyboardInterrupt:
         return INTERRUPTED
     except OSError as error:

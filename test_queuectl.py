@@ -1454,8 +1454,11 @@ class HostileTest(unittest.TestCase):
             while seen < len(data):
                 step = self.random.randrange(1, limit + 2)
                 output.add(data[seen : seen + step])
-                followed += queuectl.output_since(output.kept(True), output.total, seen)
-                seen = output.total
+                kept = output.kept(True)
+                for piece in queuectl.output_since(kept, output.total, seen):
+                    followed += piece.data
+                    seen += len(piece.data) + piece.left_out
+                self.assertEqual(seen, output.total)
             if limit > 100:
                 self.assertEqual(followed, data, f"QUEUECTL_SEED={self.seed}")
             self.assertLessEqual(len(output.kept()), max(limit, limit // 2 + 80))
@@ -6534,30 +6537,156 @@ class OneJob(WorkCase):
         self,
     ) -> None:
         self.worker()
-        burst = 'i=0; while [ $i -lt 10000 ]; do i=$((i + 1)); echo "line $i"; done'
-        wanted = [f"line {at}" for at in range(1, 10001)]
-        # A follower that the host holds up for longer than FOLLOWED_S is too late.
-        self.wait_until(
-            lambda: self.queuectl("run", "-c", burst).splitlines() == wanted,
-            "a follower that is in time loses nothing",
-        )
+        numbers = "".join(f"{n}\n" for n in range(1, 10001))
+        burst = "seq 10000 | sed 's/^/line /'"
+        followed = self.queuectl("run", "-c", burst)
+        self.assertEqual(followed.replace("line ", ""), numbers)
         job_id = self.enqueue("for n in 1 2 3; do seq 10000; sleep 1.1; done")
         self.wait_state(job_id, State.PROCESSING)
-        followed = self.queuectl("logs", "-f", job_id)
-        self.assertEqual(followed, "".join(f"{n}\n" for n in range(1, 10001)) * 3)
-        self.assertIn(" bytes in all", self.queuectl("logs", job_id))
-        cut = self.queuectl("run", "-c", "seq 100000; sleep 0.1")
-        self.assertIn("[queuectl: 588895 bytes in all, the middle is left out]", cut)
-        self.assertTrue(cut.endswith("\n99999\n100000\n"))
+        self.assertEqual(self.queuectl("logs", "-f", job_id), numbers * 3)
 
-    def test_ctrl_c_in_run_ends_the_job_wherever_it_runs(self) -> None:
+    def test_a_follower_that_stands_still_at_the_end_of_its_job_loses_no_line(
+        self,
+    ) -> None:
+        worker = self.worker()
+        command = "echo > started; until [ -e go ]; do sleep 0.02; done; seq 40000"
+        run = self.start("run", "-c", command)
+        self.wait_lines("started", 1)
+        run.signal(signal.SIGSTOP)
+        open(self.path("go"), "w").close()
+        self.wait_until(lambda: self.counts() == {"completed": 1}, "its job has ended")
+        began = time.monotonic()
+        self.wait_until(lambda: time.monotonic() - began > 0.5, "it is late")
+        run.signal(signal.SIGCONT)
+        self.assertEqual(run.wait(), 0, run.said())
+        self.assertEqual(run.said(), "".join(f"{n}\n" for n in range(1, 40001)))
+        # Nobody needs that much for long: a worker that stops trims it.
+        worker.signal(signal.SIGTERM)
+        self.assertEqual(worker.wait(), 0)
+        self.assertEqual(self.sql("SELECT LENGTH(output) FROM runs"), [(65536,)])
+
+    def test_what_is_kept_for_followers_is_trimmed_after_a_while(self) -> None:
+        self.script = self.path("soon.py")
+        with open(self.script, "w") as file:
+            file.write(
+                f"import sys; sys.path[0] = {HERE!r}; import queuectl\n"
+                "queuectl.FOLLOWED_S = 1.0; sys.exit(queuectl.main())\n"
+            )
+        self.worker(QUEUECTL_OUTPUT_LIMIT="1000")
+        job_id = self.enqueue("seq 2000")
+        self.wait_state(job_id, State.COMPLETED)
+        size = "SELECT LENGTH(output) FROM runs"
+        self.assertEqual(self.sql(size), [(4500,)])
+        self.wait_until(lambda: self.sql(size) == [(1000,)], "it is trimmed")
+        kept = self.queuectl("logs", job_id)
+        self.assertTrue(kept.startswith("1\n2\n") and kept.endswith("\n1999\n2000\n"))
+        self.assertIn("[queuectl: 8893 bytes in all, the middle is left out]", kept)
+
+    def test_run_puts_no_mark_into_a_file_and_tells_of_a_cut_by_its_status(
+        self,
+    ) -> None:
         self.worker()
-        run = self.start("run", "-c", "echo $$ >> pids; exec sleep 60")
-        [pid] = map(int, self.wait_lines("pids", 1))
-        run.signal(signal.SIGINT)
-        self.assertEqual(run.wait(), 130, run.said())
-        self.assertFalse(alive(pid))
+        cut = self.queuectl("run", "-c", "seq 100000", status=74)
+        found = re.search(r": ([0-9,]+) bytes of its output are left out", self.errors)
+        assert found, self.errors
+        missing = int(found[1].replace(",", ""))
+        self.assertEqual(len(cut) + missing, 588895)
+        whole = "".join(f"{n}\n" for n in range(1, 100001))
+        head = os.path.commonprefix([cut, whole])
+        self.assertTrue(whole.endswith(cut[len(head) :]))
+        # A status of its own says more.
+        self.queuectl("run", "-c", "seq 100000; exit 3", status=3)
+        self.assertIn("bytes of its output are left out", self.errors)
+        # A terminal shows where.
+        shown = self.on_terminal("run", "-c", "seq 100000")
+        self.assertIn("bytes are left out here]", shown)
+
+    def on_terminal(self, *argv: str) -> str:
+        """Run a command on a terminal of its own; what is shown there."""
+        upper, lower = os.openpty()
+        process = subprocess.Popen(
+            [sys.executable, self.script, *argv],
+            cwd=self.folder,
+            stdin=lower,
+            stdout=lower,
+            stderr=lower,
+            start_new_session=True,
+            env=self.environment,
+        )
+        os.close(lower)
+        shown = b""
+        # Once nobody has the lower end, the upper one fails.
+        with contextlib.suppress(OSError):
+            while data := os.read(upper, 65536):
+                shown += data
+        os.close(upper)
+        self.assertEqual(process.wait(), 0, shown)
+        return shown.decode()
+
+    def test_ctrl_c_term_and_hup_in_run_end_the_job_wherever_it_runs(self) -> None:
+        self.worker("--count", "3")
+        statuses = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+        runs = {}
+        for number in statuses:
+            command = f"echo $$ > pid.{number}; exec sleep 60"
+            runs[number] = self.start("run", "-c", command)
+        for number, status in statuses.items():
+            with self.subTest(number):
+                [pid] = map(int, self.wait_lines(f"pid.{number}", 1))
+                run = runs[number]
+                run.signal(number)
+                self.assertEqual(run.wait(), status, run.said())
+                self.assertFalse(alive(pid))
+        self.assertEqual(self.counts(), {"cancelled": 3})
+
+    def test_run_cancels_its_job_when_its_terminal_goes_away(self) -> None:
+        self.worker()
+        upper, lower = os.openpty()
+        setsid = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+        command = "echo >> started; while sleep 0.05; do echo line; done"
+        run = subprocess.Popen(
+            [sys.executable, "-c", f"{setsid} os.execv(sys.argv[1], sys.argv[1:])"]
+            + [sys.executable, self.script, "run", "-c", command],
+            cwd=self.folder,
+            stdin=lower,
+            stdout=lower,
+            stderr=lower,
+            start_new_session=True,
+            env=self.environment,
+        )
+        self.addCleanup(run.kill)
+        os.close(lower)
+        self.wait_lines("started", 1)
+        os.close(upper)
+        self.assertEqual(run.wait(20), 129)
         self.assertEqual(self.counts(), {"cancelled": 1})
+
+    def test_run_cancels_its_job_once_nobody_reads_its_output(self) -> None:
+        self.worker()
+        run = subprocess.Popen(
+            [sys.executable, self.script, "run", "-c"]
+            + ["echo first; while sleep 0.05; do echo more; done"],
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=self.environment,
+        )
+        self.addCleanup(run.kill)
+        assert run.stdout
+        self.assertEqual(run.stdout.readline(), b"first\n")
+        run.stdout.close()
+        run.wait(20)
+        self.assertEqual(self.counts(), {"cancelled": 1})
+
+    def test_run_enqueues_nothing_that_its_account_could_not_follow(self) -> None:
+        self.sql("CREATE USER IF NOT EXISTS blind IDENTIFIED BY %s", self.password)
+        self.addCleanup(self.sql, "DROP USER blind")
+        self.sql("GRANT SELECT, INSERT, UPDATE ON queuectl.jobs TO blind")
+        for table in ("config", "dependencies", "dlq"):
+            self.sql(f"GRANT SELECT, UPDATE ON queuectl.{table} TO blind")
+        self.queuectl("run", "-c", "true", status=69, DB_USER="blind")
+        self.assertRegex(self.errors, r"nothing was enqueued.*\bruns\b")
+        self.assertEqual(self.counts(), {})
 
     def test_run_says_why_its_job_does_not_start(self) -> None:
         run = self.start("run", "--queue", "gpu", "-c", "true")
