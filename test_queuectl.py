@@ -5133,9 +5133,10 @@ class Host(Background):
             preexec_fn=self._enter_cgroup,
         )
         os.close(write_end)
+        self.pipe = read_end
         super().__init__(process, case.path(f"host-{number}.log"))
         open(self.log, "w").close()
-        self.reader = threading.Thread(target=self._read, args=(read_end,), daemon=True)
+        self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
 
     def _make_cgroup(self) -> str:
@@ -5158,8 +5159,17 @@ class Host(Background):
             with open(f"{self.cgroup}/cgroup.procs", "w") as file:
                 file.write("0")
 
-    def _read(self, read_end: int) -> None:
-        with open(self.log, "ab") as file, open(read_end, "rb", 0) as pipe:
+    def stop_reading(self) -> None:
+        """Have nobody read its log, and its pipe be full."""
+        self.reading.clear()
+        path = f"/proc/self/fd/{self.pipe}"
+        handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        with contextlib.closing(os.fdopen(handle, "wb", 0)) as pipe:
+            while pipe.write(b"\n" * 512):
+                pass
+
+    def _read(self) -> None:
+        with open(self.log, "ab") as file, open(self.pipe, "rb", 0) as pipe:
             while self.reading.wait() and (data := pipe.read(4096)):
                 file.write(data)
                 file.flush()
@@ -5222,7 +5232,7 @@ class Nemesis:
         self.heard: dict[Host, int] = {}  # how much of its log
         self.lost: list[tuple[int, int, float]] = []  # by their own word: and when
         self.undos: list[tuple[float, Iterator[float]]] = []
-        self.patient = case.seconds >= 60
+        self.patient = case.seconds > 20 or len(case.faults) < len(FAULTS)
 
     def step(self) -> None:
         """One more fault, if it can be."""
@@ -5265,6 +5275,13 @@ class Nemesis:
                 return one.why
         return ""
 
+    def stopped_between(self, since: float, until: float) -> bool:
+        """Whether any worker stood still then."""
+        return any(
+            one.why == "stopped" and one.began <= until and one.ended >= since
+            for one in self.disturbances
+        )
+
     # -- whom it strikes
 
     def a_host(self) -> Host:
@@ -5281,7 +5298,7 @@ class Nemesis:
         return self.random.sample(found, min(count, len(found)))
 
     def hold_s(self) -> float:
-        """How long to hold what all wait for: in a long run also past any time-out."""
+        """How long to hold what all wait for: not past a time-out in a short run."""
         return self.random.choice((0.5, 1, 1, 2, 2, 12 if self.patient else 2))
 
     @contextlib.contextmanager
@@ -5350,9 +5367,8 @@ def stop_worker(nemesis: Nemesis) -> Iterator[float]:
 
 @fault
 def stop_reader(nemesis: Nemesis) -> Iterator[float]:
-    """Nobody reads a host's log: its pipe is full soon."""
     host = nemesis.a_host()
-    host.reading.clear()
+    host.stop_reading()
     yield nemesis.random.uniform(2, 8)
     host.reading.set()
 
@@ -5402,6 +5418,8 @@ def hang(nemesis: Nemesis, killable: bool) -> Iterator[float]:
     if not directory:
         nemesis.set_aside["hung directory: no right to mount"] += 1
         return
+    if not directory.answering:
+        return  # it hangs as it is
     directory.hang(killable)
     yield nemesis.random.uniform(2, 8)
     directory.answer()
@@ -5445,7 +5463,7 @@ def crowd(nemesis: Nemesis) -> Iterator[float]:
 @fault
 def veto(nemesis: Nemesis) -> Iterator[float]:
     """The server refuses to write one row: its claim, its end, or anything."""
-    [(_, job)] = nemesis.some_jobs(1)
+    _, job = nemesis.some_jobs(1)[0]
     states = nemesis.random.choice(
         ("'processing'", "'completed', 'failed'", "OLD.state, NEW.state")
     )
@@ -5477,7 +5495,7 @@ def lock_rows(nemesis: Nemesis) -> Iterator[float]:
         held.cursor().execute("SET innodb_lock_wait_timeout = 1")
         held.begin()
         held.cursor().execute(f"SELECT seq FROM jobs WHERE seq IN ({seqs}) {how}")
-        yield nemesis.random.uniform(0.5, 3)
+        yield nemesis.random.uniform(0.5, 6)
 
 
 @fault
@@ -5617,6 +5635,8 @@ time_t time(time_t *at) {
 # job may wait after one that should follow it: what claims and outages explain.
 LOST_AFTER_S = 8.0
 OVERTAKEN_S = 8.0
+# How long a run may live past its time limit: its kill_grace, and what a load adds.
+LATE_S = 3.0
 
 
 def write_text(path: str, text: str) -> None:
@@ -5820,8 +5840,11 @@ class Torture(WorkCase):
             job.update(queue="long", timeout=9)
             end = "sleep 6"
         elif chance < 0.06:
-            job.update(queue="hung", timeout=2, cwd=self.path("hung"))
+            job.update(queue="limited", timeout=1)
+            end = "sleep 30"
         elif chance < 0.09:
+            job.update(queue="hung", timeout=2, cwd=self.path("hung"))
+        elif chance < 0.12:
             job.update(queue="hung", timeout=2)
             end = f"exec cat {self.path('hung')}/nothing 2>&9"
         else:
@@ -5907,11 +5930,15 @@ class Torture(WorkCase):
             self.addCleanup(self.directory.close)
 
     def torment(self, nemesis: Nemesis, over: threading.Event) -> None:
-        while not over.wait(nemesis.random.uniform(0.05, 0.5)):
+        rarely = len(FAULTS) / max(len(self.faults), 5)  # so that work goes on
+        next_at = 0.0
+        while not over.wait(0.05):
             nemesis.listen()
             nemesis.undo()
-            if self.faults:
+            if self.faults and time.monotonic() >= next_at:
                 nemesis.step()
+                pause_s = nemesis.random.uniform(0.05, 0.5) * rarely
+                next_at = time.monotonic() + pause_s
 
     def calm(self, nemesis: Nemesis) -> None:
         """All is as it was, also what could not be undone at its time."""
@@ -5973,6 +6000,7 @@ class Verdict:
             self.nothing_is_lost,
             self.none_overlap,
             self.first_come_is_first_served,
+            self.time_limits_are_kept,
             self.none_living_is_declared_lost,
             self.no_worker_crashes,
             self.connections_are_few,
@@ -5982,7 +6010,7 @@ class Verdict:
         ):
             with case.subTest(again, promise=promise.__name__):
                 promise()
-        if case.seconds > 20:
+        if self.nemesis.patient:
             print(
                 f"{again}: {len(case.known)} jobs; faults: "
                 f"{sum(self.nemesis.counts.values())} {dict(self.nemesis.counts)}; "
@@ -6025,6 +6053,21 @@ class Verdict:
             else:
                 unexplained.append(line)
         self.case.assertEqual(unexplained, [])
+
+    def time_limits_are_kept(self) -> None:
+        """Whatever hangs beside it, a run of a second ends after a second."""
+        late: list[tuple[object, float]] = []
+        for job, duration, finished in self.case.ask(
+            "SELECT id, runs.duration, UNIX_TIMESTAMP(runs.finished_at) FROM runs "
+            "JOIN jobs ON job_seq = seq WHERE queue = 'limited' AND "
+            f"runs.duration > 1 + {LATE_S}"
+        ):
+            ended, lasted = float(str(finished)), float(str(duration))
+            if self.nemesis.stopped_between(ended - lasted - 5, ended + 5):
+                self.nemesis.set_aside["past its time limit: a worker stopped"] += 1
+            else:
+                late.append((job, lasted))
+        self.case.assertEqual(late, [])
 
     def none_living_is_declared_lost(self) -> None:
         """By their own word; who was killed says nothing any more."""
