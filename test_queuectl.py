@@ -17,20 +17,24 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import errno
 import fcntl
 import functools
 import itertools
 import json
+import math
 import os
 import pty
 import random
 import re
+import resource
 import secrets
 import selectors
 import shlex
 import shutil
 import signal
 import socket
+import stat
 import statistics
 import struct
 import subprocess
@@ -46,7 +50,7 @@ import unittest
 import unittest.mock
 import uuid
 import warnings
-from typing import IO, Callable, Mapping, NoReturn, Sequence
+from typing import IO, Callable, Iterator, Mapping, NoReturn, Optional, Sequence
 
 import pymysql
 
@@ -5583,129 +5587,596 @@ class Clusters(WorkCase):
         self.assertLessEqual(most, 2)
 
 
+class HungDirectory:
+    """A directory whose file system answers, or does not any more: FUSE, by hand.
+
+    Nothing is in it. Who asks while nobody reads the questions can be killed; who asks
+    while they are read and not answered is in D state until they are.
+    """
+
+    INIT, GETATTR, ACCESS, OPENDIR, READDIR, RELEASEDIR = 26, 3, 34, 27, 28, 29
+    UNANSWERED = (2, 36, 42)  # FORGET, INTERRUPT, BATCH_FORGET
+
+    def __init__(self, path: str) -> None:
+        self.path, self.answering = path, True
+        self.held: list[bytes] = []  # what was asked, and not answered yet
+        self.reading, self.over = threading.Event(), False
+        self.device = os.open("/dev/fuse", os.O_RDWR)
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        options = f"fd={self.device},rootmode=40000,user_id=0,group_id=0,allow_other"
+        os.mkdir(path)
+        if self.libc.mount(b"hung", path.encode(), b"fuse", 0, options.encode()):
+            os.close(self.device)
+            raise OSError(ctypes.get_errno(), "mount")
+        self.reading.set()
+        self.thread = threading.Thread(target=self._serve, daemon=True)
+        self.thread.start()
+
+    def hang(self, killable: bool) -> None:
+        """Answer nothing any more."""
+        self.answering = False
+        if killable:
+            self.reading.clear()
+
+    def answer(self) -> None:
+        """Answer again, also what was asked since."""
+        self.answering = True
+        with contextlib.suppress(IndexError):
+            while True:
+                self._answer(self.held.pop())
+        self.reading.set()
+
+    def close(self) -> None:
+        """Unmount it, and let everybody go who waits for it."""
+        self.over = True
+        self.reading.set()
+        self.libc.umount2(self.path.encode(), 2)  # MNT_DETACH
+        self.thread.join()
+        os.close(self.device)
+
+    def _serve(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.device, selectors.EVENT_READ)
+            while self.reading.wait() and not self.over:
+                if not selector.select(0.05) or not self.reading.is_set():
+                    continue
+                with contextlib.suppress(OSError):  # who asked was killed
+                    asked = os.read(self.device, 1 << 17)
+                    self.held.append(asked)
+                    if self.answering:
+                        self.answer()
+
+    def _answer(self, asked: bytes) -> None:
+        _, code, number = struct.unpack_from("IIQ", asked)
+        said, error = b"", 0
+        if code in self.UNANSWERED:
+            return
+        if code == self.INIT:
+            said = struct.pack("IIIIHHIIHH32x", 7, 31, 0, 0, 0, 0, 65536, 1, 0, 0)[:64]
+        elif code == self.OPENDIR:
+            said = bytes(16)
+        elif code == self.GETATTR:
+            mode = stat.S_IFDIR | 0o777
+            said = bytes(16) + struct.pack("Q52x7I", 1, mode, 2, 0, 0, 0, 4096, 0)
+        elif code not in (self.ACCESS, self.READDIR, self.RELEASEDIR):
+            error = -errno.ENOENT
+        with contextlib.suppress(OSError):  # who asked was killed
+            os.write(
+                self.device, struct.pack("IiQ", 16 + len(said), error, number) + said
+            )
+
+
+# How the supervisors of the torture are started: as a program like any other; without
+# a sight of other users' processes, as under systemd's ProtectProc; and on two hosts of
+# their own, whose first process outlives a supervisor that is killed.
+BLIND = """mount -t proc -o hidepid=2,gid=54321 proc /proc &&
+exec setpriv --bounding-set -all --inh-caps -all env TEST_CASE="$0" "$@"
+"""
+HOST = """echo "$0" > /proc/sys/kernel/hostname
+env TEST_CASE="$@" & wait $!; status=$?; [ $status -lt 128 ] || sleep 60; exit $status
+"""
+ELSEWHERE = (*CONTAINER, "--uts", "sh", "-c", HOST)
+WORLDS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "blind": ("unshare", "--mount", "sh", "-c", BLIND),
+    "one": (*ELSEWHERE, "one.example"),
+    "two": (*ELSEWHERE, "two.example"),
+}
+# Where a control group that counts processes can be made.
+PIDS_CGROUPS = ("/sys/fs/cgroup/pids", "/sys/fs/cgroup")
+F_SETPIPE_SZ = 1031  # Python 3.10 has it
+
+
+class Host(Background):
+    """A `worker start` in one of the worlds; its log goes through a narrow pipe."""
+
+    def __init__(self, case: Torture, world: str, number: int) -> None:
+        self.case, self.world, self.number = case, world, number
+        self.door = number % 2
+        self.reading, self.killed, self._top = threading.Event(), 0, 0
+        self.reading.set()
+        self.cgroup = self._make_cgroup()
+        wrap = (*WORLDS[world], case.folder) if WORLDS[world] else ()
+        read_end, write_end = os.pipe()
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(write_end, F_SETPIPE_SZ, 4096)
+        command = [sys.executable, SCRIPT, "worker", "start", "--count", "4"]
+        environment = {
+            **case.environment,
+            **case.doors[self.door],
+            **case.clock(f"clock.{number % 2}"),
+            "TORTURE": str(number),
+        }
+        if wrap:
+            del environment["TEST_CASE"]  # its first processes are none of ours
+        process = subprocess.Popen(
+            [*wrap, *command],
+            cwd=case.folder,
+            stdin=subprocess.DEVNULL,
+            stdout=write_end,
+            stderr=write_end,
+            start_new_session=True,
+            env=environment,
+            preexec_fn=self._enter_cgroup,
+        )
+        os.close(write_end)
+        self.pipe = read_end
+        super().__init__(process, case.path(f"host-{number}.log"))
+        open(self.log, "w").close()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _make_cgroup(self) -> str:
+        """The path of a control group for it alone; empty where there are none."""
+        for base in PIDS_CGROUPS:
+            path = f"{base}/queuectl-torture-{os.getpid()}-{self.number}"
+            with contextlib.suppress(OSError):
+                os.mkdir(path)
+                self.case.addCleanup(self._remove_cgroup, path)
+                if os.path.exists(f"{path}/pids.max"):
+                    return path
+        return ""
+
+    def _remove_cgroup(self, path: str) -> None:
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
+
+    def _enter_cgroup(self) -> None:
+        if self.cgroup:
+            with open(f"{self.cgroup}/cgroup.procs", "w") as file:
+                file.write("0")
+
+    def stop_reading(self) -> None:
+        """Have nobody read its log, and its pipe be full."""
+        self.reading.clear()
+        path = f"/proc/self/fd/{self.pipe}"
+        handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        with contextlib.closing(os.fdopen(handle, "wb", 0)) as pipe:
+            while pipe.write(b"\n" * 512):
+                pass
+
+    def _read(self) -> None:
+        with open(self.log, "ab") as file, open(self.pipe, "rb", 0) as pipe:
+            while self.reading.wait() and (data := pipe.read(4096)):
+                file.write(data)
+                file.flush()
+
+    def top(self) -> int:
+        """The supervisor's pid; ProcessLookupError if it has not begun, or ended."""
+        for pid in [self.pid, *descendants(self.pid)] if not self._top else ():
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline") as file:
+                if file.read().startswith(sys.executable):
+                    self._top = pid
+                    break
+        if not self._top or not alive(self._top):
+            raise ProcessLookupError
+        return self._top
+
+    def signal(self, number: int) -> None:
+        os.kill(self.top(), number)
+
+    def children(self) -> list[int]:
+        try:
+            path = f"/proc/{self.top()}/task/{self.top()}/children"
+            with open(path) as file:
+                return [int(word) for word in file.read().split()]
+        except OSError:
+            return []
+
+    def kill(self, pids: Sequence[int]) -> None:
+        """Kill some of its workers."""
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            self.killed += 1
+
+
+def inner_pid(pid: int) -> int:
+    """A process's number in its own PID namespace."""
+    with open(f"/proc/{pid}/status") as file:
+        return int(re.findall(r"(?m)^NSpid:.*\s(\d+)$", file.read())[0])
+
+
+@dataclasses.dataclass
+class Disturbance:
+    """What a host's processes did not bring upon themselves: from when to when."""
+
+    why: str
+    host: int
+    pid: int  # 0: all of them
+    began: float
+    ended: float
+
+
 class Nemesis:
     """Faults, at random and together, told by a seed. What it broke it also mends."""
 
     def __init__(self, case: Torture, seed: int) -> None:
         self.case, self.random = case, random.Random(seed)
-        self.counts: dict[str, int] = {}
-        self.stopped: list[tuple[int, float, float]] = []  # who stood still, and when
-        self.heard: dict[Background, int] = {}  # how much of its log
-        self.mends: list[tuple[float, Callable[[], None]]] = []
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.set_aside: collections.Counter[str] = collections.Counter()
+        self.disturbances: list[Disturbance] = []
+        self.locked: set[str] = set()  # the jobs whose rows a stranger locked
+        self.heard: dict[Host, int] = {}  # how much of its log
+        self.lost: list[tuple[int, int, float]] = []  # by their own word: and when
+        self.undos: list[tuple[float, Iterator[float]]] = []
+        self.patient = case.seconds > 20 or len(case.faults) < len(FAULTS)
 
     def step(self) -> None:
-        """One fault, or what mends an earlier one."""
-        name = self.random.choice(FAULTS)
-        with contextlib.suppress(pymysql.MySQLError, ProcessLookupError, IndexError):
-            getattr(self, name)()
-            self.counts[name] = self.counts.get(name, 0) + 1
+        """One more fault, if it can be."""
+        name = self.random.choice(self.case.faults)
+        with contextlib.suppress(
+            pymysql.MySQLError, ProcessLookupError, IndexError, StopIteration
+        ):
+            begun = FAULTS[name](self)
+            if begun is not None:
+                self.undos.append((time.monotonic() + next(begun), begun))
+            self.counts[name] += 1
+
+    def undo(self, all_of_them: bool = False) -> None:
+        """Take back the faults that are due."""
+        due = [one for one in self.undos if all_of_them or time.monotonic() >= one[0]]
+        for one in due:
+            self.undos.remove(one)
+            with contextlib.suppress(pymysql.MySQLError, OSError):
+                next(one[1], 0.0)
 
     def listen(self) -> None:
-        """Learn which workers were cut off past their lease; their clocks may be
-        wrong."""
-        for one in self.case.workers:
+        """Learn which workers found themselves lost; their clocks may be wrong."""
+        for one in self.case.all:
             news = one.said()[self.heard.get(one, 0) :]
             self.heard[one] = self.heard.get(one, 0) + len(news)
             for pid in re.findall(r"\[(\d+)\] this worker .* was declared lost", news):
-                self.stopped.append((int(pid), time.time() - 10, time.time() + 2))
+                self.lost.append((one.number, int(pid), time.time()))
 
-    def mend(self, all_of_them: bool = False) -> None:
-        due = [one for one in self.mends if all_of_them or time.monotonic() >= one[0]]
-        for one in due:
-            self.mends.remove(one)
-            with contextlib.suppress(pymysql.MySQLError, ProcessLookupError):
-                one[1]()
+    def disturb(self, why: str, host: Host, pid: int = 0) -> Disturbance:
+        """Put down that a process of a host is disturbed, until that is over."""
+        found = Disturbance(why, host.number, pid, time.time(), math.inf)
+        self.disturbances.append(found)
+        return found
 
-    def later(self, seconds: float, mend: Callable[[], None]) -> None:
-        self.mends.append((time.monotonic() + seconds, mend))
+    def disturbance(self, host: int, pid: int, since: float, at: float) -> str:
+        """What disturbed a process between two moments; empty if nothing did."""
+        for one in self.disturbances:
+            theirs = one.host == host and one.pid in (0, pid)
+            if theirs and one.began <= at and one.ended >= since:
+                return one.why
+        return ""
 
-    def a_worker(self) -> int:
-        pids = [pid for one in self.case.workers for pid in one.children()]
-        return self.random.choice(pids)
-
-    def kill_worker(self) -> None:
-        os.kill(self.a_worker(), signal.SIGKILL)
-
-    def kill_supervisor(self) -> None:
-        at = self.random.randrange(len(self.case.workers))
-        self.case.workers[at].signal(signal.SIGKILL)
-        self.case.workers[at].wait()
-        self.listen()
-        self.case.workers[at] = self.case.begin()
-
-    def kill_shell(self) -> None:
-        shells = [pid for pid in descendants(self.a_worker()) if alive(pid)]
-        os.kill(self.random.choice(shells), signal.SIGKILL)
-
-    def kill_server(self) -> None:
-        pid = self.case.own.running()
-        if pid:
-            os.kill(pid, signal.SIGKILL)
-        self.case.own.start()
-
-    def stop_worker(self) -> None:
-        pid, began = self.a_worker(), time.time()
-        os.kill(pid, signal.SIGSTOP)
-
-        def go_on() -> None:
-            os.kill(pid, signal.SIGCONT)
-            self.stopped.append((pid, began, time.time() + 3))
-
-        self.later(self.random.uniform(1, 6), go_on)
-
-    def kill_connections(self) -> None:
-        for number, user in self.case.ask(
-            "SELECT id, user FROM information_schema.processlist"
-        ):
-            if user == "torture" and self.random.random() < 0.5:
-                with contextlib.suppress(pymysql.MySQLError):
-                    self.case.ask(f"KILL {number}")
-
-    def freeze(self) -> None:
-        held = self.case.connect()
-        held.cursor().execute("FLUSH TABLES WITH READ LOCK")
-        self.later(self.random.uniform(0.3, 1.5), held.close)
-
-    def read_only(self) -> None:
-        self.case.ask("SET GLOBAL read_only = 1")
-        self.later(0.7, lambda: self.case.ask("SET GLOBAL read_only = 0"))
-
-    def crowd(self) -> None:
-        self.case.ask("SET GLOBAL max_connections = 10")
-        self.later(0.7, lambda: self.case.ask("SET GLOBAL max_connections = 151"))
-
-    def lose_commits(self) -> None:
-        self.case.proxy.faults += self.random.choices(("before", "after", ""), k=4)
-
-    def reset(self) -> None:
-        """One packet of twenty breaks its connection."""
-        self.case.proxy.reset_chance = 0.05
-        self.later(2.0, lambda: setattr(self.case.proxy, "reset_chance", 0.0))
-
-    def silence(self) -> None:
-        self.case.proxy.hold()
-        self.later(0.5, self.case.proxy.open.set)
-
-    def refuse(self) -> None:
-        self.case.proxy.refuse()
-        self.case.proxy.cut()
-        self.later(0.5, self.case.proxy.pass_on)
-
-    def jump(self) -> None:
-        """A host's clock goes wrong by an hour, the server's by what jobs can wait."""
-        clock = self.random.choice(self.case.clocks)
-        seconds = self.random.choice((-1, 1)) * (
-            2 if clock.endswith("server") else 3600
+    def stopped_between(self, since: float, until: float) -> bool:
+        """Whether any worker stood still then."""
+        return any(
+            one.why == "stopped" and one.began <= until and one.ended >= since
+            for one in self.disturbances
         )
-        set_clock(clock, seconds)
-        self.later(self.random.uniform(0.5, 3), lambda: set_clock(clock, 0))
+
+    # -- whom it strikes
+
+    def a_host(self) -> Host:
+        return self.random.choice([one for one in self.case.workers if one.children()])
+
+    def a_worker(self) -> tuple[Host, int]:
+        host = self.a_host()
+        return host, self.random.choice(host.children())
+
+    def some_jobs(self, count: int) -> list[tuple[int, str]]:
+        """The seq and id of some that have not ended."""
+        rows = self.case.ask("SELECT seq, id FROM jobs WHERE finished_at IS NULL")
+        found = [(int(str(seq)), str(job)) for seq, job in rows]
+        return self.random.sample(found, min(count, len(found)))
+
+    def hold_s(self) -> float:
+        """How long to hold what all wait for: not past a time-out in a short run."""
+        return self.random.choice((0.5, 1, 1, 2, 2, 12 if self.patient else 2))
+
+    @contextlib.contextmanager
+    def cut_off(self, why: str) -> Iterator[None]:
+        """What disturbs those that go through the proxy."""
+        through = [one for one in self.case.workers if one.door]
+        found = [self.disturb(why, one) for one in through]
+        yield
+        for one in found:
+            one.ended = time.time() + 1  # until it has connected anew
 
 
-FAULTS = [
-    name
-    for name in vars(Nemesis)
-    if name[0] != "_" and name not in ("step", "listen", "mend", "later", "a_worker")
-]
+# A fault breaks something. If it is a generator it says for how long, and undoes it
+# after that.
+Fault = Callable[[Nemesis], Optional[Iterator[float]]]
+FAULTS: dict[str, Fault] = {}
+
+
+def fault(function: Fault) -> Fault:
+    """One that the nemesis may choose."""
+    FAULTS[function.__name__] = function
+    return function
+
+
+# -- faults of processes
+
+
+@fault
+def kill_worker(nemesis: Nemesis) -> None:
+    host, pid = nemesis.a_worker()
+    host.kill([pid])
+
+
+@fault
+def kill_supervisor(nemesis: Nemesis) -> None:
+    host = nemesis.a_host()
+    host.signal(signal.SIGKILL)
+    nemesis.case.replace(host)
+
+
+@fault
+def kill_host(nemesis: Nemesis) -> Iterator[float]:
+    """A supervisor and all its workers in one go; its jobs know nothing of it."""
+    host = nemesis.a_host()
+    kill_all([host.top(), *host.children()])
+    yield nemesis.random.choice((0, 1, 7))
+    nemesis.case.replace(host)
+
+
+@fault
+def kill_shell(nemesis: Nemesis) -> None:
+    _, worker = nemesis.a_worker()
+    shells = [pid for pid in descendants(worker) if alive(pid)]
+    os.kill(nemesis.random.choice(shells), signal.SIGKILL)
+
+
+@fault
+def stop_worker(nemesis: Nemesis) -> Iterator[float]:
+    host, pid = nemesis.a_worker()
+    stopped = nemesis.disturb("stopped", host, inner_pid(pid))
+    os.kill(pid, signal.SIGSTOP)
+    yield nemesis.random.uniform(1, 6)
+    stopped.ended = time.time() + 3
+    os.kill(pid, signal.SIGCONT)
+
+
+@fault
+def stop_reader(nemesis: Nemesis) -> Iterator[float]:
+    host = nemesis.a_host()
+    host.stop_reading()
+    yield nemesis.random.uniform(2, 8)
+    host.reading.set()
+
+
+@fault
+def limit_files(nemesis: Nemesis) -> Iterator[float]:
+    """A worker can open hardly any more files."""
+    _, pid = nemesis.a_worker()
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    now = len(os.listdir(f"/proc/{pid}/fd")) + nemesis.random.randrange(3)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (now, before[1]))
+    yield nemesis.random.uniform(1, 3)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+
+
+@fault
+def limit_processes(nemesis: Nemesis) -> Iterator[float]:
+    """A host can start hardly any more processes."""
+    host = nemesis.a_host()
+    if not host.cgroup:
+        nemesis.set_aside["limit_processes: no control groups for pids"] += 1
+        return
+    with open(f"{host.cgroup}/pids.current") as file:
+        now = int(file.read()) + nemesis.random.randrange(3)
+    write_text(f"{host.cgroup}/pids.max", str(now))
+    yield nemesis.random.uniform(1, 3)
+    write_text(f"{host.cgroup}/pids.max", "max")
+
+
+# -- faults of directories
+
+
+@fault
+def hang_directory(nemesis: Nemesis) -> Iterator[float]:
+    """Who is in the directory, or goes there, hangs, and can be killed."""
+    yield from hang(nemesis, killable=True)
+
+
+@fault
+def strand(nemesis: Nemesis) -> Iterator[float]:
+    """Who is in the directory, or goes there, is in D state, and a worker dies."""
+    yield from hang(nemesis, killable=False)
+
+
+def hang(nemesis: Nemesis, killable: bool) -> Iterator[float]:
+    directory = nemesis.case.directory
+    if not directory:
+        nemesis.set_aside["hung directory: no right to mount"] += 1
+        return
+    if not directory.answering:
+        return  # it hangs as it is
+    directory.hang(killable)
+    yield nemesis.random.uniform(2, 8)
+    directory.answer()
+
+
+# -- faults of the server
+
+
+@fault
+def kill_server(nemesis: Nemesis) -> None:
+    pid = nemesis.case.own.running()
+    if pid:
+        os.kill(pid, signal.SIGKILL)
+    nemesis.case.own.start()
+
+
+@fault
+def kill_connections(nemesis: Nemesis) -> None:
+    for number, user in nemesis.case.ask(
+        "SELECT id, user FROM information_schema.processlist"
+    ):
+        if user == "torture" and nemesis.random.random() < 0.5:
+            with contextlib.suppress(pymysql.MySQLError):
+                nemesis.case.ask(f"KILL {number}")
+
+
+@fault
+def read_only(nemesis: Nemesis) -> Iterator[float]:
+    nemesis.case.ask("SET GLOBAL read_only = 1")
+    yield 0.7
+    nemesis.case.ask("SET GLOBAL read_only = 0")
+
+
+@fault
+def crowd(nemesis: Nemesis) -> Iterator[float]:
+    nemesis.case.ask("SET GLOBAL max_connections = 10")
+    yield 0.7
+    nemesis.case.ask("SET GLOBAL max_connections = 151")
+
+
+@fault
+def veto(nemesis: Nemesis) -> Iterator[float]:
+    """The server refuses to write one row: its claim, its end, or anything."""
+    _, job = nemesis.some_jobs(1)[0]
+    states = nemesis.random.choice(
+        ("'processing'", "'completed', 'failed'", "OLD.state, NEW.state")
+    )
+    yield from until_dropped(
+        nemesis,
+        "CREATE TRIGGER veto BEFORE UPDATE ON jobs FOR EACH ROW "
+        f"IF OLD.id = '{job}' AND NEW.state IN ({states}) THEN "
+        "SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'vetoed'; END IF",
+    )
+
+
+def until_dropped(nemesis: Nemesis, trigger: str) -> Iterator[float]:
+    nemesis.case.ask("DROP TRIGGER IF EXISTS veto")
+    nemesis.case.ask(trigger)
+    yield nemesis.random.uniform(1, 3)
+    nemesis.case.ask("DROP TRIGGER IF EXISTS veto")
+
+
+# -- strangers' locks
+
+
+@fault
+def lock_rows(nemesis: Nemesis) -> Iterator[float]:
+    chosen = nemesis.some_jobs(20)
+    nemesis.locked |= {job for _, job in chosen}
+    how = nemesis.random.choice(("FOR UPDATE", "LOCK IN SHARE MODE"))
+    seqs = ", ".join(str(seq) for seq, _ in chosen) or "0"
+    with contextlib.closing(nemesis.case.connect()) as held:
+        held.cursor().execute("SET innodb_lock_wait_timeout = 1")
+        held.begin()
+        held.cursor().execute(f"SELECT seq FROM jobs WHERE seq IN ({seqs}) {how}")
+        yield nemesis.random.uniform(0.5, 6)
+
+
+@fault
+def freeze(nemesis: Nemesis) -> Iterator[float]:
+    with contextlib.closing(nemesis.case.connect()) as held:
+        held.cursor().execute("FLUSH TABLES WITH READ LOCK")
+        yield nemesis.hold_s()
+
+
+@fault
+def lock_tables(nemesis: Nemesis) -> Iterator[float]:
+    """As a plain mysqldump does."""
+    with contextlib.closing(nemesis.case.connect()) as held:
+        held.cursor().execute("LOCK TABLES jobs READ, workers READ")
+        yield nemesis.hold_s()
+
+
+@fault
+def alter(nemesis: Nemesis) -> Iterator[float]:
+    """An ALTER waits for an open transaction, and all others wait for the ALTER."""
+    with contextlib.closing(nemesis.case.connect()) as held:
+        held.begin()
+        held.cursor().execute("SELECT seq FROM jobs LIMIT 1")
+        waiting = threading.Thread(target=nemesis.case.alter)
+        waiting.start()
+        yield nemesis.hold_s()
+    waiting.join()
+
+
+# -- faults of the wire
+
+
+@fault
+def lose_commits(nemesis: Nemesis) -> Iterator[float]:
+    with nemesis.cut_off("lost COMMITs"):
+        nemesis.case.proxy.faults += nemesis.random.choices(
+            ("before", "after", ""), k=4
+        )
+        yield 1.0
+
+
+@fault
+def reset(nemesis: Nemesis) -> Iterator[float]:
+    """One packet of twenty breaks its connection."""
+    with nemesis.cut_off("reset connections"):
+        nemesis.case.proxy.reset_chance = 0.05
+        yield 2.0
+        nemesis.case.proxy.reset_chance = 0.0
+
+
+@fault
+def silence(nemesis: Nemesis) -> Iterator[float]:
+    with nemesis.cut_off("silence"):
+        nemesis.case.proxy.hold()
+        yield 0.5
+        nemesis.case.proxy.open.set()
+
+
+@fault
+def refuse(nemesis: Nemesis) -> Iterator[float]:
+    with nemesis.cut_off("refused connections"):
+        nemesis.case.proxy.refuse()
+        nemesis.case.proxy.cut()
+        yield 0.5
+        nemesis.case.proxy.pass_on()
+
+
+# -- what is no fault, and hard all the same
+
+
+@fault
+def jump(nemesis: Nemesis) -> Iterator[float]:
+    """A host's clock goes wrong by an hour, the server's by what jobs can wait."""
+    clock = nemesis.random.choice(nemesis.case.clocks)
+    seconds = 2 if clock.endswith("server") else 3600
+    set_clock(clock, nemesis.random.choice((-1, 1)) * seconds)
+    yield nemesis.random.uniform(0.5, 3)
+    set_clock(clock, 0)
+
+
+@fault
+def fan_out(nemesis: Nemesis) -> None:
+    """A parent, and 600 that wait for it."""
+    if nemesis.case.ask(
+        "SELECT 1 FROM jobs WHERE queue = 'fan' AND finished_at IS NULL LIMIT 1"
+    ):
+        return
+    parent = f"fan{nemesis.counts['fan_out']}"
+    keys: dict[str, object] = {"command": ":", "queue": "fan"}
+    jobs: list[dict[str, object]] = [{"id": parent, **keys}]
+    jobs += [{"id": f"{parent}.{at}", **keys, "after": [parent]} for at in range(600)]
+    nemesis.case.enqueue_jobs(jobs, nemesis.random)
+
+
 # Preloaded, a clock that is wrong by the seconds in the file CLOCK; other clocks stay.
 CLOCK_C = """
 #define _GNU_SOURCE
@@ -5747,32 +6218,125 @@ time_t time(time_t *at) {
 """
 
 
+# How long after its lease's end a worker may learn that it was lost, and how long a
+# job may wait after one that should follow it: what claims and outages explain.
+LOST_AFTER_S = 8.0
+OVERTAKEN_S = 8.0
+# How long a run may live past its time limit: its kill_grace, and what a load adds.
+LATE_S = 3.0
+
+
+def write_text(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+
+
 def set_clock(path: str, seconds: int) -> None:
     """Have the clock that this file is for go wrong by so many seconds."""
     with open(path, "r+b" if os.path.exists(path) else "wb") as file:
         file.write(struct.pack("bb", seconds // 60, seconds % 60))
 
 
-# A job's own book outside the database: who ran it, and whether that run still lives.
+# A job's own book outside the database: who ran it, where and when; and whether any
+# process of an earlier run still lives, since all hold the lock.
 TORTURED = """unset LD_PRELOAD  # true times here
-there=$(cut -d' ' -f1 book.$QUEUECTL_JOB_ID 2>/dev/null)
-if [ "$there" ] && tr '\\0' '\\n' </proc/$there/environ 2>/dev/null |
-    grep -qx "QUEUECTL_JOB_ID=$QUEUECTL_JOB_ID"
-then
-    older=$(cat book.$QUEUECTL_JOB_ID)
-    echo "$QUEUECTL_JOB_ID $(date +%s.%N) $PPID $older" >> overlaps
-fi
-echo $$ $PPID > book.$QUEUECTL_JOB_ID
-echo "$QUEUECTL_JOB_ID $QUEUECTL_ATTEMPT start" >> book
+cd {folder}
+now=$(date +%s.%N) job=$QUEUECTL_JOB_ID
+exec 9>>lock.$job
+flock -n 9 || echo "$job $now $TORTURE $PPID $(cat book.$job)" >> overlaps
+echo $TORTURE $PPID > book.$job
+echo "$job $QUEUECTL_ATTEMPT start $now" >> book
 """
+QUEUES = tuple(f"q{number}" for number in range(10))
+
+
+class Drainer:
+    """A `worker start --drain` beside it all: one after the other, each on its own
+    queue, in which half of the jobs fail and come back."""
+
+    def __init__(self, case: Torture) -> None:
+        self.case, self.round = case, 0
+        self.worker: Background | None = None
+        self.wrong: list[str] = []
+
+    def step(self) -> None:
+        """Look at the one that has ended, and start the next."""
+        if self.worker and self.worker.process.poll() is None:
+            return
+        with contextlib.suppress(pymysql.MySQLError):
+            if self.worker:
+                self.judge(self.worker)
+            self.begin()
+
+    def begin(self) -> None:
+        self.worker, self.round = None, self.round + 1
+        queue = f"drain{self.round}"
+        jobs = [
+            {
+                "id": f"{queue}.{at}",
+                "queue": queue,
+                "max_retries": 2,
+                "command": f"{self.case.book}sleep 0.1; exit {at % 2}",
+            }
+            for at in range(8)
+        ]
+        self.case.enqueue_jobs(jobs, self.case.random)
+        door = self.case.doors[0]
+        argv = ("worker", "start", "--drain", "--count", "2", "--queue", queue)
+        self.worker = self.case.start(*argv, **door, TORTURE="drain")
+
+    def judge(self, worker: Background) -> None:
+        """It may end only once nothing is left, and by itself."""
+        left = self.case.ask(
+            f"SELECT id, state FROM jobs WHERE queue = 'drain{self.round}' "
+            "AND state IN ('pending', 'processing', 'failed')"
+        )
+        if worker.process.returncode or left:
+            self.wrong.append(
+                f"drain{self.round}: status {worker.process.returncode}, left "
+                f"{left}: {worker.said()[-500:]}"
+            )
+
+
+class ConnectionCount:
+    """How many connections there are, against those that there may be."""
+
+    def __init__(self, case: Torture) -> None:
+        self.case, self.most, self.worst = case, 0, (-sys.maxsize, 0)
+        self.own: pymysql.connections.Connection | None = None
+
+    def look(self) -> None:
+        """Count once; nothing while the server does not answer."""
+        try:
+            self.own = self.own or self.case.connect()
+            with self.own.cursor() as cursor:
+                cursor.execute(
+                    "SELECT COUNT(*) FROM information_schema.processlist "
+                    "WHERE user = 'torture'"
+                )
+                found = cursor.fetchall()[0][0]
+        except pymysql.MySQLError:
+            self.own = None
+            return
+        hosts = [one for one in self.case.workers if one.children()]
+        processes = sum(len(one.children()) for one in hosts)
+        self.most = max(self.most, found)
+        # The drainer's supervisor and process, and two that enqueue.
+        allowed = processes + len(hosts) + 10 + 4
+        self.worst = max(self.worst, (found - allowed, found))
+
+    def watch(self, over: threading.Event) -> None:
+        while not over.wait(0.1):
+            self.look()
 
 
 @unittest.skipUnless(os.environ.get("QUEUECTL_TORTURE"), "QUEUECTL_TORTURE=20")
 class Torture(WorkCase):
     """Everything at once, against a book that the jobs keep outside the database.
 
-    QUEUECTL_TORTURE=3600 does it for so many seconds, QUEUECTL_SEED=… as it was.
-    Set aside is what a worker did that was stopped, or cut off past its lease.
+    QUEUECTL_TORTURE=3600 does it for so many seconds, QUEUECTL_SEED=… as it was,
+    QUEUECTL_FAULTS=veto,blind with these faults and worlds alone. Set aside, and
+    counted by its reason, is what a worker did that was stopped or cut off.
     """
 
     settings = {
@@ -5783,14 +6347,15 @@ class Torture(WorkCase):
         "QUEUECTL_BACKOFF_MAX": "0.2",
     }
 
-    def connect(self) -> pymysql.connections.Connection:
+    def connect(self, read_timeout: float = 5) -> pymysql.connections.Connection:
         return pymysql.connect(
             unix_socket=self.own.socket,
             user="root",
             database="queuectl",
             autocommit=True,
             connect_timeout=2,
-            read_timeout=5,
+            read_timeout=read_timeout,
+            init_command="SET lock_wait_timeout = 2",
         )
 
     def ask(self, query: str) -> list[tuple[object, ...]]:
@@ -5798,19 +6363,30 @@ class Torture(WorkCase):
             cursor.execute(query)
             return list(cursor.fetchall())
 
+    def alter(self) -> None:
+        """Change what nobody sees, once nobody has the table open."""
+        with contextlib.suppress(pymysql.MySQLError), self.connect(60) as connection:
+            connection.cursor().execute("SET lock_wait_timeout = 60")
+            connection.cursor().execute(f"ALTER TABLE jobs COMMENT '{time.time()}'")
+
     def behind(self) -> int:
         """How many jobs have not ended; many while that cannot be told."""
         with contextlib.suppress(pymysql.MySQLError):
-            rows = self.ask("SELECT COUNT(*) FROM jobs WHERE finished_at IS NULL")
+            rows = self.ask(
+                "SELECT COUNT(*) FROM jobs WHERE finished_at IS NULL AND queue <> 'fan'"
+            )
             return int(str(rows[0][0]))
         return sys.maxsize
 
-    def begin(self) -> Background:
-        self.begun += 1
-        door = self.doors[self.begun % 2]
-        clock = self.clock(f"clock.{self.begun % 2}")
-        self.all.append(self.start("worker", "start", "--count", "4", **door, **clock))
+    def begin(self, world: str) -> Host:
+        """A host more in one of the worlds; through the proxy every other time."""
+        self.all.append(Host(self, world, len(self.all)))
         return self.all[-1]
+
+    def replace(self, host: Host) -> None:
+        """Have another one in the place of one that was killed."""
+        at = self.workers.index(host)
+        self.workers[at] = self.begin(host.world)
 
     def clock(self, name: str) -> dict[str, str]:
         """The variables of a program whose clock can be set, if there is a compiler."""
@@ -5840,32 +6416,53 @@ class Torture(WorkCase):
         os.chmod(program, 0o755)
         return queuectl.PrivateServer(self.path("own"), program)
 
+    def some_job(self, job_id: str) -> dict[str, object]:
+        """A job of the one or the other kind."""
+        chance = self.random.random()
+        pause = self.random.choice((0.0, 0.05, 0.2, 0.5))
+        code = self.random.choice((0, 0, 0, 0, 1))
+        job: dict[str, object] = {"id": job_id, "timeout": 5, "max_retries": 2}
+        end = f'sleep {pause}; echo "$job $QUEUECTL_ATTEMPT end" >> book; exit {code}'
+        if chance < 0.03:  # outlives a lease
+            job.update(queue="long", timeout=9)
+            end = "sleep 6"
+        elif chance < 0.06:
+            job.update(queue="limited", timeout=1)
+            end = "sleep 30"
+        elif chance < 0.09:
+            job.update(queue="hung", timeout=2, cwd=self.path("hung"))
+        elif chance < 0.12:
+            job.update(queue="hung", timeout=2)
+            end = f"exec cat {self.path('hung')}/nothing 2>&9"
+        else:
+            job.update(
+                queue=self.random.choice(QUEUES),
+                priority=self.random.choice((0, 0, 0, 1, 2)),
+            )
+        job["command"] = self.book + end
+        return job
+
     def enqueue_some(self, batch: int) -> None:
-        """Twenty jobs, known as soon as their enqueue was acknowledged."""
-        jobs = []
-        for at in range(20):
-            pause = self.random.choice((0.0, 0.05, 0.2, 0.5))
-            code = self.random.choice((0, 0, 0, 0, 1))
-            end = (
-                f'sleep {pause}; echo "$QUEUECTL_JOB_ID $QUEUECTL_ATTEMPT end" >> book'
-            )
-            jobs.append(
-                {
-                    "id": f"j{batch}.{at}",
-                    "timeout": 5,
-                    "max_retries": 2,
-                    "command": f"{TORTURED}{end}; exit {code}",
-                }
-            )
-            if at % 5 == 4:
-                jobs[-1]["after_any"] = [f"j{batch}.{at - 1}"]
+        """Twenty jobs, every fifth after the one before it."""
+        jobs = [self.some_job(f"j{batch}.{at}") for at in range(20)]
+        for at in range(4, 20, 5):
+            jobs[at]["after_any"] = [f"j{batch}.{at - 1}"]
+        self.ordered |= {
+            str(job["id"])
+            for job in jobs
+            if job["queue"] in QUEUES and "after_any" not in job
+        }
+        self.enqueue_jobs(jobs, self.random)
+
+    def enqueue_jobs(
+        self, jobs: Sequence[dict[str, object]], chance: random.Random
+    ) -> None:
+        """Enqueue; they are known once that was acknowledged."""
         lines = "\n".join(map(json.dumps, jobs)).encode()
-        how = self.random.choice(((), ("--if-absent",)))
+        how = chance.choice(((), ("--if-absent",)))
         while True:
             done = self.run_queuectl(
-                *("enqueue", "-f", "-", *how),
-                stdin=lines,
-                **self.random.choice(self.doors),
+                *("enqueue", "-f", "-", *how), stdin=lines, **chance.choice(self.doors)
             )
             if done.returncode == 0:
                 break
@@ -5875,50 +6472,83 @@ class Torture(WorkCase):
         self.assertEqual(printed, [str(job["id"]) for job in jobs])
         self.known += printed
 
-    def test_whatever_dies_no_job_is_lost_and_none_runs_twice_at_once(self) -> None:
-        seconds = float(os.environ["QUEUECTL_TORTURE"])
-        seed = int(os.environ.get("QUEUECTL_SEED", str(time.time_ns() % 10**6)))
-        self.random = random.Random(seed)
+    def choose_faults(self) -> None:
+        """All, or those that QUEUECTL_FAULTS names; and the worlds, likewise."""
+        wanted = os.environ.get("QUEUECTL_FAULTS", "").split(",")
+        if wanted == [""]:
+            wanted = [*FAULTS, *WORLDS]
+        self.assertLessEqual(set(wanted), {*FAULTS, *WORLDS})
+        self.faults = [name for name in wanted if name in FAULTS]
+        self.worlds = [name if name in wanted else "plain" for name in WORLDS]
+        if subprocess.run([*CONTAINER, "true"], check=False).returncode:
+            print("all hosts are one: needs the right to make namespaces")
+            self.worlds = ["plain"] * len(WORLDS)
+
+    def set_up(self) -> None:
+        """A server of its own, two doors to it, and the directory that hangs."""
         ignore_resources(self)  # of connections that died
+        self.seconds = float(os.environ["QUEUECTL_TORTURE"])
+        self.seed = int(os.environ.get("QUEUECTL_SEED", str(time.time_ns() % 10**6)))
+        self.random = random.Random(self.seed)
+        self.book = TORTURED.format(folder=self.folder)
+        self.choose_faults()
+        self.known: list[str] = []
+        self.ordered: set[str] = set()
         self.clocks: list[str] = []
+        self.all: list[Host] = []
         self.environment["DB_PASSWORD"] = ""
         self.own = self.own_server()
         self.own.start()
         self.addCleanup(self.own.stop)
         self.queuectl("db", "init", DB_SOCKET=self.own.socket)
-        self.ask(
-            "CREATE USER torture@'%'"
-        )  # with a password a restarted MySQL wants TLS
+        # With a password a restarted MySQL wants TLS.
+        self.ask("CREATE USER torture@'%'")
         self.ask("GRANT ALL ON queuectl.* TO torture@'%'")
         self.proxy = Proxy(self.own.socket)
         self.addCleanup(self.proxy.close)
-        self.doors = (
-            {"DB_USER": "torture", "DB_SOCKET": self.own.socket},
-            {
-                "DB_USER": "torture",
-                "DB_SOCKET": "",
-                "DB_HOST": "127.0.0.1",
-                "DB_PORT": str(self.proxy.port),
-                "DB_SSL_MODE": "disabled",
-            },
+        socket_door = {"DB_SOCKET": self.own.socket}
+        self.doors = tuple(
+            {"DB_USER": "torture", **door}
+            for door in (socket_door, self.proxy.variables())
         )
-        self.known: list[str] = []
-        self.all: list[Background] = []
-        self.begun, batch = 0, 0
-        self.workers = [self.begin() for _ in range(3)]
-        nemesis, over = Nemesis(self, seed), threading.Event()
+        self.directory: HungDirectory | None = None
+        with contextlib.suppress(OSError):
+            self.directory = HungDirectory(self.path("hung"))
+            self.addCleanup(self.directory.close)
 
-        def torment() -> None:
-            while not over.wait(nemesis.random.uniform(0.05, 0.5)):
-                nemesis.listen()
-                nemesis.mend()
+    def torment(self, nemesis: Nemesis, over: threading.Event) -> None:
+        rarely = len(FAULTS) / max(len(self.faults), 5)  # so that work goes on
+        next_at = 0.0
+        while not over.wait(0.05):
+            nemesis.listen()
+            nemesis.undo()
+            if self.faults and time.monotonic() >= next_at:
                 nemesis.step()
+                pause_s = nemesis.random.uniform(0.05, 0.5) * rarely
+                next_at = time.monotonic() + pause_s
 
-        thread = threading.Thread(target=torment)
-        thread.start()
+    def calm(self, nemesis: Nemesis) -> None:
+        """All is as it was, also what could not be undone at its time."""
+        nemesis.undo(all_of_them=True)
+        self.own.start()
+        self.ask("SET GLOBAL read_only = 0")
+        self.ask("SET GLOBAL max_connections = 151")
+        self.ask("DROP TRIGGER IF EXISTS veto")
+
+    def test_whatever_dies_no_job_is_lost_and_none_runs_twice_at_once(self) -> None:
+        self.set_up()
+        self.workers = [self.begin(world) for world in self.worlds]
+        nemesis, over = Nemesis(self, self.seed), threading.Event()
+        drainer, connections = Drainer(self), ConnectionCount(self)
+        pool = concurrent.futures.ThreadPoolExecutor()
+        beside = [
+            pool.submit(self.torment, nemesis, over),
+            pool.submit(connections.watch, over),
+        ]
         try:
-            until = time.monotonic() + seconds
+            until, batch = time.monotonic() + self.seconds, 0
             while time.monotonic() < until:
+                drainer.step()
                 if self.behind() > 100:
                     over.wait(0.1)
                     continue
@@ -5926,63 +6556,197 @@ class Torture(WorkCase):
                 batch += 1
         finally:
             over.set()
-            thread.join()
-            nemesis.mend(all_of_them=True)
-        self.own.start()
-        self.ask("SET GLOBAL read_only = 0")
-        self.ask("SET GLOBAL max_connections = 151")
-        again = f"QUEUECTL_TORTURE={seconds:g} QUEUECTL_SEED={seed}"
-        with self.subTest(again):
-            self.check(nemesis)
-        if seconds > 20:
-            print(f"{again}: {len(self.known)} jobs, {nemesis.counts}")
+            pool.shutdown()
+            self.calm(nemesis)
+        for one in beside:
+            one.result()  # or what went wrong in it
+        verdict = Verdict(self, nemesis, drainer, connections)
+        verdict.check()
 
-    def check(self, nemesis: Nemesis) -> None:
-        """What the book and the tables say of it all."""
-        ended = "('completed', 'dead', 'cancelled')"
-        self.wait_until(
-            lambda: (
-                not self.ask(f"SELECT 1 FROM jobs WHERE state NOT IN {ended} LIMIT 1")
-            ),
-            "all have ended",
-            60,
-        )
-        for worker in self.workers:
-            worker.signal(signal.SIGTERM)
-        for worker in self.workers:
-            self.assertEqual(worker.wait(), 0, worker.said()[-2000:])
-        for worker in self.all:
-            self.assertNotIn("Traceback", worker.said())
-        found = [str(row[0]) for row in self.ask("SELECT id FROM jobs")]
-        self.assertEqual(sorted(found), sorted(self.known))
-        ran = {line.split()[0] for line in self.lines("book")}
-        self.assertLessEqual(ran, set(self.known))
-        self.assertGreater(len(ran), len(self.known) * 0.9)
-        nemesis.listen()
-        overlaps = [line.split() for line in self.lines("overlaps")]
-        unexplained = [
-            [job, moment, worker, older, its_worker]
-            for job, moment, worker, older, its_worker in overlaps
-            if not any(
-                str(pid) in (worker, its_worker) and began <= float(moment) <= end
-                for pid, began, end in nemesis.stopped
+
+class Verdict:
+    """What the book, the tables and the logs say of a torture."""
+
+    def __init__(
+        self,
+        case: Torture,
+        nemesis: Nemesis,
+        drainer: Drainer,
+        connections: ConnectionCount,
+    ) -> None:
+        self.case, self.nemesis = case, nemesis
+        self.drainer, self.connections = drainer, connections
+
+    def check(self) -> None:
+        """Each promise by itself, so that one that is broken hides no other."""
+        case = self.case
+        again = f"QUEUECTL_TORTURE={case.seconds:g} QUEUECTL_SEED={case.seed}"
+        for promise in (
+            self.all_end,
+            self.all_stop,
+            self.nothing_is_lost,
+            self.none_overlap,
+            self.first_come_is_first_served,
+            self.time_limits_are_kept,
+            self.none_living_is_declared_lost,
+            self.no_worker_crashes,
+            self.connections_are_few,
+            self.drains_end_when_nothing_is_left,
+            self.the_tables_agree,
+            self.no_process_is_left,
+        ):
+            with case.subTest(again, promise=promise.__name__):
+                promise()
+        if self.nemesis.patient:
+            print(
+                f"{again}: {len(case.known)} jobs; faults: "
+                f"{sum(self.nemesis.counts.values())} {dict(self.nemesis.counts)}; "
+                f"at most {self.connections.most} connections; set aside: "
+                f"{dict(self.nemesis.set_aside)}"
             )
+
+    def all_end(self) -> None:
+        ended = "('completed', 'dead', 'cancelled')"
+        left = f"SELECT id, state, queue FROM jobs WHERE state NOT IN {ended}"
+        try:
+            self.case.wait_until(lambda: not self.case.ask(left), "all have ended", 60)
+        except AssertionError:
+            self.case.fail(f"these have not ended: {self.case.ask(left)[:20]}")
+
+    def all_stop(self) -> None:
+        for host in self.case.workers:
+            host.signal(signal.SIGTERM)
+        for host in self.case.workers:
+            self.case.assertEqual(host.wait(), 0, host.said()[-2000:])
+            host.reader.join(5)  # what it said last
+
+    def nothing_is_lost(self) -> None:
+        found = [str(row[0]) for row in self.case.ask("SELECT id FROM jobs")]
+        self.case.assertEqual(sorted(found), sorted(self.case.known))
+        booked = [job for job in found if not job.startswith("fan")]
+        ran = {line.split()[0] for line in self.case.lines("book")}
+        self.case.assertLessEqual(ran, set(booked))
+        self.case.assertGreater(len(ran), len(booked) * 0.9)
+
+    def none_overlap(self) -> None:
+        unexplained = []
+        for line in self.case.lines("overlaps"):
+            _, moment, *pids = line.split()
+            at = float(moment)
+            whose = [(int(pids[i]), int(pids[i + 1])) for i in (0, 2) if pids[i:]]
+            why = [self.nemesis.disturbance(*one, at, at) for one in whose]
+            if any(why):
+                self.nemesis.set_aside[f"overlap: {max(why)}"] += 1
+            else:
+                unexplained.append(line)
+        self.case.assertEqual(unexplained, [])
+
+    def time_limits_are_kept(self) -> None:
+        """Whatever hangs beside it, a run of a second ends after a second."""
+        late: list[tuple[object, float]] = []
+        for job, duration, finished in self.case.ask(
+            "SELECT id, runs.duration, UNIX_TIMESTAMP(runs.finished_at) FROM runs "
+            "JOIN jobs ON job_seq = seq WHERE queue = 'limited' AND "
+            f"runs.duration > 1 + {LATE_S}"
+        ):
+            ended, lasted = float(str(finished)), float(str(duration))
+            if self.nemesis.stopped_between(ended - lasted - 5, ended + 5):
+                self.nemesis.set_aside["past its time limit: a worker stopped"] += 1
+            else:
+                late.append((job, lasted))
+        self.case.assertEqual(late, [])
+
+    def none_living_is_declared_lost(self) -> None:
+        """By their own word; who was killed says nothing any more."""
+        unexplained = []
+        for host, pid, at in self.nemesis.lost:
+            why = self.nemesis.disturbance(host, pid, at - LOST_AFTER_S, at)
+            if why:
+                self.nemesis.set_aside[f"declared lost: {why}"] += 1
+            else:
+                unexplained.append((host, pid, at))
+        self.case.assertEqual(unexplained, [])
+
+    def no_worker_crashes(self) -> None:
+        """None ends but by the nemesis."""
+        for host in self.case.all:
+            self.case.assertNotIn("Traceback", host.said())
+            ends = re.findall(r"worker process of .* ended: (.*)", host.said())
+            self.case.assertEqual(set(ends) - {"signal 9"}, set(), host.said())
+            self.case.assertLessEqual(len(ends), host.killed, host.said())
+
+    def connections_are_few(self) -> None:
+        too_many, count = self.connections.worst
+        self.case.assertLessEqual(too_many, 0, f"{count} connections")
+
+    def drains_end_when_nothing_is_left(self) -> None:
+        if self.drainer.worker:
+            self.case.assertEqual(self.drainer.worker.wait(60), 0)
+            self.drainer.judge(self.drainer.worker)
+        self.case.assertEqual(self.drainer.wrong, [])
+
+    def first_come_is_first_served(self) -> None:
+        """In its queue, no job first starts long after one that should follow it."""
+        starts: dict[str, float] = {}
+        for line in self.case.lines("book"):
+            words = line.split()
+            if words[2] == "start" and words[0] in self.case.ordered:
+                starts.setdefault(words[0], float(words[3]))
+        jobs = [
+            (str(job), str(queue), int(str(priority)))
+            for job, queue, priority in self.case.ask(
+                "SELECT id, queue, priority FROM jobs ORDER BY seq DESC"
+            )
+            if job in starts
         ]
-        self.assertEqual(unexplained, [], nemesis.stopped)
-        self.assertEqual(
-            self.ask(
+        excused, late = self.excused(), []
+        follower: dict[tuple[str, int], float] = {}  # the first start of a later one
+        for job, queue, priority in jobs:
+            first = min(
+                follower.get((queue, lower), math.inf) for lower in range(priority + 1)
+            )
+            follower[queue, priority] = min(
+                starts[job], follower.get((queue, priority), math.inf)
+            )
+            if starts[job] > first + OVERTAKEN_S:
+                if job in excused:
+                    self.nemesis.set_aside[f"overtaken: {excused[job]}"] += 1
+                else:
+                    late.append((job, queue, priority, starts[job] - first))
+        self.case.assertEqual(late, [])
+
+    def excused(self) -> dict[str, str]:
+        """The jobs that may start late, and why."""
+        return {
+            **dict.fromkeys(self.nemesis.locked, "a stranger locked its row"),
+            **{
+                str(job): str(reason)
+                for job, reason in self.case.ask(
+                    "SELECT DISTINCT id, runs.reason FROM runs JOIN jobs "
+                    "ON job_seq = seq WHERE runs.reason "
+                    "IN ('lost', 'handed back', 'spawn', 'refused')"
+                )
+            },
+        }
+
+    def the_tables_agree(self) -> None:
+        ask, assert_equal = self.case.ask, self.case.assertEqual
+        assert_equal(
+            ask(
                 "SELECT id, runs, COUNT(run), COUNT(runs.finished_at) FROM jobs LEFT "
                 "JOIN runs ON job_seq = seq GROUP BY id, runs "
                 "HAVING COUNT(run) <> runs OR COUNT(runs.finished_at) <> runs"
             ),
             [],
         )
-        self.assertEqual(
-            self.ask("SELECT id FROM jobs WHERE state = 'dead' ORDER BY id"),
-            self.ask("SELECT id FROM dlq ORDER BY id"),
+        assert_equal(
+            ask("SELECT id FROM jobs WHERE state = 'dead' ORDER BY id"),
+            ask("SELECT id FROM dlq ORDER BY id"),
         )
-        self.assertEqual(self.ask("SELECT id FROM workers WHERE lost_at IS NULL"), [])
-        self.wait_until(lambda: not self.living(), "no process is left")
+        assert_equal(ask("SELECT id FROM workers WHERE lost_at IS NULL"), [])
+
+    def no_process_is_left(self) -> None:
+        self.case.wait_until(lambda: not self.case.living(), "no process is left")
 
 
 class Daemon(WorkCase):
