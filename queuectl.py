@@ -1384,6 +1384,7 @@ class ErrorClass(enum.Enum):
 # -- what each error code means
 
 LOCK_WAIT_TIMEOUT = 1205
+LOCK_NOWAIT = 3572
 QUERY_KILLED = 1317
 BINLOG_NEEDS_REPEATABLE_READ = 1665
 # We lost against another transaction. The server is well and the same work may
@@ -1399,7 +1400,7 @@ REPEAT_CODES = {
     1969,  # MariaDB: max_statement_time is over
     3024,  # MySQL: max_execution_time is over
     3101,  # group replication certified another transaction first
-    3572,  # NOWAIT met a lock
+    LOCK_NOWAIT,  # NOWAIT met a lock
 }
 # A cluster did not take a COMMIT, or lets no transaction begin. Another host
 # of the same cluster may take it, so these count as a host that hangs.
@@ -2436,7 +2437,13 @@ class Database:
 
     def read(self, work: Callable[[Cursor], T]) -> T:
         """Does `work`, which changes nothing or one thing by one statement."""
-        return self._retry(lambda: work(self._cursor()), Tries())
+        tries = Tries()
+        def attempt() -> T:
+            """Makes one more try; a heartbeat comes before each but the first."""
+            if tries.count and self.between_tries:
+                self.between_tries(self._cursor())
+            return work(self._cursor())
+        return self._retry(attempt, tries)
 
     def run(self, statement: str, *values: object) -> int:
         """Changes one thing by one statement, which twice must do no harm.
@@ -2502,6 +2509,25 @@ class Database:
             if "TiDB" in self.version:
                 self._skip_locked = ""
         return self._skip_locked
+
+    def lock_free(self, cursor: Cursor, make: Callable[..., T], statement: str,
+                  keys: Sequence[object]) -> list[T]:
+        """Locks what `statement` selects by `IN %s`, but for what others hold.
+
+        Returns what `make` makes of the rows that are ours now. It never waits:
+        without SKIP LOCKED it asks for one row after the other, NOWAIT.
+        """
+        if self.skip_locked(cursor):
+            return cursor.rows(make, f"{statement} FOR UPDATE SKIP LOCKED", keys)
+        free = []
+        for key in keys:
+            try:
+                free += cursor.rows(make, f"{statement} FOR UPDATE NOWAIT", [key])
+            except _Driver().OperationalError as error:
+                # MariaDB says that it timed out, the others that it is held.
+                if error.args[0] not in (LOCK_WAIT_TIMEOUT, LOCK_NOWAIT):
+                    raise
+        return free
 
     @property
     def mariadb(self) -> bool:

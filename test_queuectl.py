@@ -4602,6 +4602,49 @@ class Crashes(WorkCase):
         worker.signal(signal.SIGTERM)
         self.assertEqual(worker.wait(), 0)
 
+    def test_a_take_over_waits_for_no_strangers_lock(self) -> None:
+        """With SKIP LOCKED, and on a server that does not know it."""
+        for skip_locked in ("SKIP LOCKED", ""):
+            self.sql("DELETE FROM jobs")
+            lost, alive = self.turns(), self.turns()
+            held, free = self.put("true"), self.put("true")
+            lost.take(queuectl.TurnRequest(free=2, look=True))
+            others = self.put("true")
+            alive.take(queuectl.TurnRequest(free=1, look=True))
+            alive.database._skip_locked = skip_locked
+            query = "SELECT 1 FROM jobs WHERE id IN (%s, %s) FOR UPDATE"
+            began = time.monotonic()
+            with self.locked(query, held, others):
+                self.assertEqual(alive.take_over(lost.identity.id, -1), 1)
+                self.assert_state(free, State.FAILED)
+                self.assert_state(held, State.PROCESSING)
+            self.assertEqual(alive.take_over(lost.identity.id, None), 1)
+            self.assert_state(held, State.FAILED)
+            self.assert_state(others, State.PROCESSING)
+            # A worker whose row is held is in a turn, and not lost.
+            query = "SELECT 1 FROM workers WHERE id = %s FOR UPDATE"
+            with self.locked(query, alive.identity.id):
+                for heartbeat in (0, None, -1):
+                    taken = lost.take_over(alive.identity.id, heartbeat)
+                    self.assertEqual(taken, None)
+            self.assertLess(time.monotonic() - began, 5)
+            self.assert_state(others, State.PROCESSING)
+
+    def test_a_heartbeat_comes_between_the_tries_of_any_work(self) -> None:
+        turns = self.turns()
+        turns.take(queuectl.TurnRequest(look=True))
+        tries = 0
+
+        def work(cursor: queuectl.Cursor) -> None:
+            nonlocal tries
+            tries += 1
+            if tries == 1:
+                raise pymysql.err.OperationalError(1205, "held by others")
+
+        before = self.sql("SELECT beat + 1 FROM workers")
+        turns.database.read(work)
+        self.assertEqual(self.sql("SELECT beat FROM workers"), before)
+
     def test_on_lost_dead_buries_a_job_at_its_first_loss(self) -> None:
         job = self.put("kill -9 $PPID", on_lost="dead")
         self.worker()
