@@ -5163,6 +5163,60 @@ def read_config(database: Database) -> dict[str, str]:
     found: dict[str, str] = database.pairs("SELECT `key`, value FROM config")
     return {key: value for key, value in found.items() if key in SETTINGS}
 
+# -- why a job can never run
+
+class HopelessParent(NamedTuple):
+    """A job that ended, and not as `child` needs it."""
+    child: int
+    seq: int
+    id: str
+    state: str
+    reason: str | None
+    exit_code: int | None
+
+    @property
+    def outcome(self) -> str:
+        """How it ended, in a word or two."""
+        if self.reason == Reason.EXIT:
+            return f"{self.reason} {self.exit_code}"
+        return self.reason or self.state
+
+def roots_of(cursor: Cursor, seq: int) -> list[HopelessParent]:
+    """Returns the jobs that a job's death of what it waited for goes back to.
+
+    Up the chain it follows those that themselves died so; a root is one that
+    did not, or whose own parents are well again. None: the job may come back.
+    """
+    roots: list[HopelessParent] = []
+    # The jobs to ask about, and what is known of them; each is met once.
+    asked: dict[int, HopelessParent | None] = {seq: None}
+    met = {seq}
+    while asked:
+        found = cursor.records(
+            HopelessParent,
+            f"""
+            SELECT child, parents.seq, parents.id, parents.state,
+                   parents.reason, parents.exit_code
+              FROM {PARENTS_SQL}
+             WHERE child IN %s AND {HOPELESS_SQL}
+             ORDER BY parent
+            """, list(asked))
+        waited_in_vain = {one.child for one in found}
+        roots += [job for job in asked.values()
+                  if job and job.seq not in waited_in_vain]
+        asked = {one.seq: one for one in found if one.seq not in met}
+        met |= set(asked)
+        ended_so = {one.seq for one in asked.values()
+                    if one and one.reason == Reason.DEPENDENCY}
+        roots += [job for job in asked.values() if job and job.seq not in ended_so]
+        asked = {seq: asked[seq] for seq in ended_so}
+    return roots
+
+def bring_back(roots: Sequence[HopelessParent]) -> str:
+    """Returns the command that puts these back, and all that died with them."""
+    ids = " ".join(root.id for root in roots)
+    return f"queuectl dlq retry {ids} --dependents"
+
 # -- following a job
 
 SLOW_START_S = 2.0
@@ -5744,8 +5798,8 @@ class JobStore(JobQueries):
             [self.max_retries + 1, retries])
         return Counting(granted, Sql("attempts"))
 
-    def revive_dependents(self, job_id: str) -> Iterator[ActionResult]:
-        """Puts back what died with a job, and what died with that.
+    def revive_dependents(self, job_ids: Sequence[str]) -> Iterator[ActionResult]:
+        """Puts back what died with these jobs, and what died with that.
 
         The parents come first: while one is dead, its children cannot come
         back.
@@ -5909,7 +5963,7 @@ def _revive(cursor: Cursor, job_id: str, job: LockedJob, name: str,
     unmet = _unmet_parents(cursor, job.seq)
     for parent in unmet:
         if parent.hopeless:
-            error = _waits_in_vain(job_id, parent)
+            error = _waits_in_vain(job_id, parent, roots_of(cursor, job.seq))
             return ActionResult(job_id, False, job.state, error)
     to = State.BLOCKED if unmet else rule.to
     # MySQL assigns from left to right: what max_attempts is made of must be
@@ -5923,10 +5977,11 @@ def _revive(cursor: Cursor, job_id: str, job: LockedJob, name: str,
     cursor.execute("DELETE FROM dlq WHERE job_seq = %s", (job.seq,))
     return ActionResult(job_id, True, to, None, f"is {to} again")
 
-def _waits_in_vain(job_id: str, parent: UnmetParent) -> str:
+def _waits_in_vain(job_id: str, parent: UnmetParent,
+                   roots: Sequence[HopelessParent]) -> str:
     """Returns why a job cannot come back, and the command that helps."""
     return (f"job {job_id} waits for {parent.id}, which is {parent.state}: "
-            f"queuectl dlq retry {parent.id} --dependents brings both back")
+            f"{bring_back(roots)} brings all back")
 
 def _unmet_parents(cursor: Cursor, seq: int) -> list[UnmetParent]:
     """Returns the jobs that this one still waits for."""
@@ -9670,8 +9725,14 @@ class _Explanation:
         line = self.database.read(lambda cursor: cursor.value(
             "SELECT last_line FROM dlq WHERE job_seq = %s", row.seq))
         # The dead letter of a job that never ran says what it waited for.
+        put_back = f"put it back: queuectl dlq retry {row.id}"
         if row.reason == Reason.DEPENDENCY:
             cause = str(line or "")
+            roots = self.database.read(lambda cursor: roots_of(cursor, row.seq))
+            if roots:
+                named = [f"{root.id} ({root.outcome})" for root in roots]
+                cause += f", which goes back to {abbreviated(named)}"
+                put_back = f"put all back: {bring_back(roots)}"
         else:
             alike = [run for run in self.history
                      if run.reason == row.reason
@@ -11151,13 +11212,17 @@ def _would_revive(store: JobStore,
 def _revived(store: JobStore, ids: Sequence[str],
              args: argparse.Namespace) -> Iterator[ActionResult]:
     """Puts each job back, and with --dependents what died because of it."""
+    # What died with a job that was cancelled comes back only with that one.
+    name = "retry" if args.dependents else "revive"
+    revived = []
     for job_id in ids:
-        result = store.revive(job_id, "revive", args.retries, args.reset)
+        result = store.revive(job_id, name, args.retries, args.reset)
         yield result
-        # The parent comes first: while it is dead, its children cannot come
-        # back.
-        if args.dependents and result.ok:
-            yield from store.revive_dependents(job_id)
+        if result.ok:
+            revived.append(job_id)
+    # All parents come first: while one is dead, its children cannot come back.
+    if args.dependents:
+        yield from store.revive_dependents(revived)
 
 # -- settings
 

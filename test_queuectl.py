@@ -5859,6 +5859,31 @@ class Dependencies(WorkCase):
         self.assert_state("c0", State.COMPLETED)
         self.assert_state("c1", State.PENDING)
 
+    def test_a_dead_end_names_its_root_and_what_brings_all_back(self) -> None:
+        self.chain(4, "test -e ok", max_retries=0)
+        self.enqueue("true", id="other")
+        self.enqueue("true", id="end", after=["c3", "other"])
+        self.queuectl("cancel", "other")
+        worker = self.worker()
+        self.wait_state("end", State.DEAD)
+        self.wait_state("c3", State.DEAD)
+        self.wait_until(
+            lambda: self.has_said(
+                worker, "job c3: waited for c2, which was dead: dead"
+            ),
+            "the log tells of it",
+        )
+        self.queuectl("dlq", "retry", "c2", status=1)
+        self.assertIn("dlq retry c0 --dependents brings all back", self.errors)
+        self.assertIn("goes back to c0 (exit 1), ", self.explain("c3"))
+        why = self.explain("end")
+        self.assertIn("goes back to other (cancelled), c0 (exit 1), ", why)
+        command = why.strip().rpartition("put all back: queuectl ")[2]
+        self.assertEqual(command, "dlq retry other c0 --dependents")
+        open(self.path("ok"), "w").close()
+        self.queuectl(*command.split())
+        self.wait_until(lambda: self.counts() == {"completed": 6}, "all are done")
+
     def test_drain_waits_for_what_waits_for_a_job_that_is_there(self) -> None:
         self.enqueue("true", id="a", delay="1")
         self.enqueue("true", id="b", after=["a"])
