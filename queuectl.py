@@ -1408,6 +1408,7 @@ class ErrorClass(enum.Enum):
 # -- what each error code means
 
 LOCK_WAIT_TIMEOUT = 1205
+LOCK_NOWAIT = 3572
 QUERY_KILLED = 1317
 BINLOG_NEEDS_REPEATABLE_READ = 1665
 # We lost against another transaction. The server is well and the same work may
@@ -1423,7 +1424,7 @@ REPEAT_CODES = {
     1969,  # MariaDB: max_statement_time is over
     3024,  # MySQL: max_execution_time is over
     3101,  # group replication certified another transaction first
-    3572,  # NOWAIT met a lock
+    LOCK_NOWAIT,  # NOWAIT met a lock
 }
 # A cluster did not take a COMMIT, or lets no transaction begin. Another host
 # of the same cluster may take it, so these count as a host that hangs.
@@ -2465,7 +2466,13 @@ class Database:
 
     def read(self, work: Callable[[Cursor], T]) -> T:
         """Does `work`, which changes nothing or one thing by one statement."""
-        return self._retry(lambda: work(self._cursor()), Tries())
+        tries = Tries()
+        def attempt() -> T:
+            """Makes one more try; a heartbeat comes before each but the first."""
+            if tries.count and self.between_tries:
+                self.between_tries(self._cursor())
+            return work(self._cursor())
+        return self._retry(attempt, tries)
 
     def run(self, statement: str, *values: object) -> int:
         """Changes one thing by one statement, which twice must do no harm.
@@ -2531,6 +2538,25 @@ class Database:
             if "TiDB" in self.version:
                 self._skip_locked = ""
         return self._skip_locked
+
+    def lock_free(self, cursor: Cursor, make: Callable[..., T], statement: str,
+                  keys: Sequence[object]) -> list[T]:
+        """Locks what `statement` selects by `IN %s`, but for what others hold.
+
+        Returns what `make` makes of the rows that are ours now. It never waits:
+        without SKIP LOCKED it asks for one row after the other, NOWAIT.
+        """
+        if self.skip_locked(cursor):
+            return cursor.rows(make, f"{statement} FOR UPDATE SKIP LOCKED", keys)
+        free = []
+        for key in keys:
+            try:
+                free += cursor.rows(make, f"{statement} FOR UPDATE NOWAIT", [key])
+            except _Driver().OperationalError as error:
+                # MariaDB says that it timed out, the others that it is held.
+                if error.args[0] not in (LOCK_WAIT_TIMEOUT, LOCK_NOWAIT):
+                    raise
+        return free
 
     @property
     def mariadb(self) -> bool:
@@ -3326,8 +3352,11 @@ def decide_settlement(claim: Claim, outcome: RunOutcome,
     return Settlement(claim, outcome, transition)
 
 def settle(cursor: Cursor, packet_bytes: int,
-           settlements: Sequence[Settlement]) -> None:
+           settlements: Sequence[Settlement]) -> Resolution:
     """Writes what became of ended runs, whose rows we have locked.
+
+    What waits for them is resolved as well; of many, the first. The rest is
+    returned, for a DependentsResolver.
 
     Runs that ended alike share one UPDATE: of a thousand jobs that complete,
     64 a turn, this costs 16 statements and not a thousand.
@@ -3346,8 +3375,9 @@ def settle(cursor: Cursor, packet_bytes: int,
             if one.to is State.DEAD}
     if dead:
         write_dead_letters(cursor, dead)
-    release_children(cursor, [one.claim.seq for one in settlements
-                              if one.claim.has_children and one.to in ENDED])
+    parents = [one.claim.seq for one in settlements
+               if one.claim.has_children and one.to in ENDED]
+    return release_children(cursor, dependents_of(parents))
 
 def _settle_alike(cursor: Cursor, group: Sequence[Settlement]) -> None:
     """Moves jobs whose runs ended in the same way; their durations alone differ."""
@@ -3494,30 +3524,83 @@ MET_SQL = """(parents.state = 'completed' OR (needs = 'ended' AND
 HOPELESS_SQL = "(needs = 'completed' AND parents.state IN ('dead', 'cancelled'))"
 PARENTS_SQL = "dependencies JOIN jobs AS parents ON parents.seq = parent"
 
+# So many dependents are resolved in one transaction. More would hold their rows
+# for seconds, and everybody who wants one of them would wait.
+DEPENDENTS_AT_ONCE = 500
+# A generation down a chain counts as so many: each takes some round trips.
+GENERATION_COST = 10
+
 class BlockedJob(NamedTuple):
     """A blocked job: how many of its parents it waits for, and which are hopeless."""
     seq: int
+    id: str
     unmet: int
     hopeless: int
     why: str | None  # which parent will never end as it should
     later: bool  # it has a later time of its own
 
-def release_children(cursor: Cursor, ended: Collection[int]) -> None:
-    """Has what waits for these ended jobs run, or die with them, down the chain."""
-    while ended:
-        children = cursor.rows(
-            int, "SELECT DISTINCT child FROM dependencies WHERE parent IN %s "
-            f"ORDER BY child {cursor.share}", ended)
-        died: list[int] = []
-        for batch in batched(children):
-            died += resolve_blocked(cursor, batch)
-        ended = died
+class Dependency(NamedTuple):
+    """One job that waits for another, by their seqs."""
+    parent: int
+    child: int
 
-def resolve_blocked(cursor: Cursor, seqs: Sequence[int]) -> list[int]:
+class Dependents(NamedTuple):
+    """What waits for some ended jobs, as far as it is yet to be resolved."""
+    parents: Sequence[int]  # ascending
+    after: int = 0  # of the first one's children only those behind this one
+
+    def first(self, cursor: Cursor, most: int) -> list[Dependency]:
+        """Returns the first of them, in the order of the index."""
+        parent, *others = self.parents
+        condition, values = "(parent = %s AND child > %s)", [parent, self.after]
+        if others:
+            condition += f" OR parent IN ({placeholders(others)})"
+            values += others
+        return cursor.records(
+            Dependency,
+            "SELECT parent, child FROM dependencies FORCE INDEX (PRIMARY) "
+            f"WHERE {condition} ORDER BY parent, child LIMIT {most} {cursor.share}",
+            *values)
+
+    def behind(self, last: Dependency) -> Dependents:
+        """Returns those that come after `last`."""
+        parents = [seq for seq in self.parents if seq >= last.parent]
+        return Dependents(parents, last.child)
+
+@dataclass(frozen=True)
+class Resolution:
+    """What came of dependents: who died, and what one transaction has left."""
+    died: Sequence[BlockedJob] = ()
+    left: Sequence[Dependents] = ()
+    held: Collection[int] = ()  # blocked jobs whose rows others hold
+
+def dependents_of(ended: Collection[int]) -> list[Dependents]:
+    return [Dependents(sorted(ended))] if ended else []
+
+def release_children(cursor: Cursor, waiting: Sequence[Dependents]) -> Resolution:
+    """Has what waits for ended jobs run, or die with them, down the chain.
+
+    It resolves some, and returns what it has left: the caller goes on with
+    that, or a DependentsResolver does after the COMMIT.
+    """
+    left, died = list(waiting), list[BlockedJob]()
+    room = DEPENDENTS_AT_ONCE
+    while left and room > 0:
+        one = left.pop(0)
+        found = one.first(cursor, room)
+        dead = resolve_blocked(cursor, sorted({edge.child for edge in found}))
+        if len(found) == room:
+            left.insert(0, one.behind(found[-1]))
+        left += dependents_of([job.seq for job in dead])
+        died += dead
+        room -= len(found) + GENERATION_COST
+    return Resolution(died, left)
+
+def resolve_blocked(cursor: Cursor, seqs: Sequence[int]) -> list[BlockedJob]:
     """Releases blocked jobs that wait for nothing more; those that never can
     run die.
 
-    Returns the seqs of the latter. The children are written before their
+    Returns the latter. The children are written before their
     parents are read: so of two who settle two parents at once, the second
     waits here for the first, and then sees what that one did.
     """
@@ -3528,7 +3611,7 @@ def resolve_blocked(cursor: Cursor, seqs: Sequence[int]) -> list[int]:
     found = cursor.records(
         BlockedJob,
         f"""
-        SELECT child AS seq, SUM(NOT {MET_SQL}) AS unmet,
+        SELECT child AS seq, MIN(jobs.id) AS id, SUM(NOT {MET_SQL}) AS unmet,
                SUM({HOPELESS_SQL}) AS hopeless,
                CONCAT('waited for ', MIN(IF({HOPELESS_SQL}, CONCAT(
                       parents.id, ', which was ', parents.state), NULL))) AS why,
@@ -3546,7 +3629,107 @@ def resolve_blocked(cursor: Cursor, seqs: Sequence[int]) -> list[int]:
         defer_move(cursor, "die unrun", list(dead), reason=Reason.DEPENDENCY,
                    finished_at=NOW_SQL, next_run_at=NOT_LATER_SQL)
         write_dead_letters(cursor, dead)
-    return list(dead)
+    return [job for job in found if job.hopeless]
+
+DEATH_NOTES_MAX = 20
+
+def death_notes(died: Sequence[BlockedJob]) -> list[str]:
+    """Returns what the log is to say of jobs that died with what they waited for.
+
+    Those that waited for the same job share a line, and a long chain is cut.
+    """
+    by_cause: dict[str, list[str]] = {}
+    for job in died:
+        by_cause.setdefault(str(job.why), []).append(job.id)
+    notes = []
+    for why, ids in itertools.islice(by_cause.items(), DEATH_NOTES_MAX):
+        jobs = "job" if len(ids) == 1 else "jobs"
+        notes.append(f"{jobs} {abbreviated(ids)}: {why}: dead")
+    more = sum(map(len, by_cause.values())) - sum(
+        len(ids) for ids in itertools.islice(by_cause.values(), DEATH_NOTES_MAX))
+    if more:
+        notes.append(f"and {more} more jobs that waited for these: dead")
+    return notes
+
+# How long the database thread may be at this in one turn: results wait for it.
+RESOLVED_WITHIN_S = 0.5
+# How often it is tried to get blocked jobs whose rows others hold.
+HELD_PAUSE_S = 1.0
+
+class DependentsResolver:
+    """Resolves what the settlement of many dependents' parents has left.
+
+    It goes batch by batch, each in a transaction of its own, and never waits
+    for a row that others hold: it comes back to that. Should it be cut short,
+    the blocked jobs that are looked at now and then are the net.
+    """
+    def __init__(self, database: Database) -> None:
+        """Has nothing to resolve yet."""
+        self._database = database
+        self._left: list[Dependents] = []
+        # Blocked jobs by themselves: others held their rows, or the net found
+        # that they wait for nothing more.
+        self._blocked: set[int] = set()
+        self._blocked_at = 0.0  # when to try these next
+        self._died: list[BlockedJob] = []  # and was not told of yet
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is more that can be done at once."""
+        return bool(self._left)
+
+    def add(self, resolution: Resolution) -> None:
+        """Takes on what a committed transaction has left."""
+        self._died += resolution.died
+        self._left += resolution.left
+        self._blocked |= set(resolution.held)
+
+    def add_blocked(self, seqs: Collection[int]) -> None:
+        """Takes on blocked jobs that wait for nothing more, or in vain."""
+        self._blocked |= set(seqs)
+        self._blocked_at = 0.0
+
+    def run(self, longest_s: float) -> list[BlockedJob]:
+        """Resolves batch by batch for so long.
+
+        Returns which jobs have died since it was last called.
+        """
+        until = time.monotonic() + longest_s
+        if self._blocked and time.monotonic() >= self._blocked_at:
+            blocked, self._blocked = sorted(self._blocked), set()
+            for seqs in batched(blocked, DEPENDENTS_AT_ONCE):
+                self._resolve(seqs)
+            self._blocked_at = time.monotonic() + HELD_PAUSE_S
+        while self._left and time.monotonic() < until:
+            self._resolve_next(self._left.pop(0))
+        died, self._died = self._died, []
+        return died
+
+    def _resolve_next(self, dependents: Dependents) -> None:
+        """Resolves the first of these; what is behind them is left."""
+        found = self._database.read(
+            lambda cursor: dependents.first(cursor, DEPENDENTS_AT_ONCE))
+        if len(found) == DEPENDENTS_AT_ONCE:
+            self._left.insert(0, dependents.behind(found[-1]))
+        self._resolve(sorted({edge.child for edge in found}))
+
+    def _resolve(self, seqs: Sequence[int]) -> None:
+        """Resolves those of these jobs that nobody holds."""
+        if seqs:
+            self.add(self._database.transact(
+                lambda cursor: self._resolve_free(cursor, seqs)))
+
+    def _resolve_free(self, cursor: Cursor, seqs: Sequence[int]) -> Resolution:
+        """Does it in one transaction: found without a lock, then locked by key."""
+        blocked = "FROM jobs FORCE INDEX (PRIMARY) WHERE state = 'blocked'"
+        found = cursor.rows(int, f"SELECT seq {blocked} AND seq IN %s", seqs)
+        if not found:
+            return Resolution()
+        free = self._database.lock_free(
+            cursor, int, f"SELECT seq {blocked} AND seq IN %s", found)
+        died = resolve_blocked(cursor, sorted(free))
+        return Resolution(died, dependents_of([job.seq for job in died]),
+                          set(found) - set(free))
 
 
 # ---- enqueue -----------------------------------------------------------------
@@ -3971,7 +4154,9 @@ def add_dependencies(cursor: Cursor, spool: Spool, batch: str) -> None:
             "WHERE batch = %s AND id IN %s", batch, ids)
         # A parent may have ended long ago, and so may never settle again.
         died = resolve_blocked(cursor, seqs)
-        release_children(cursor, died)
+        left: Sequence[Dependents] = dependents_of([job.seq for job in died])
+        while left:
+            left = release_children(cursor, left).left
 
 def _waiting_ids(spool: Spool) -> Iterator[str]:
     for job in spool:
@@ -4404,41 +4589,97 @@ def deregister(database: Database, worker_id: str) -> None:
     """Removes the row of a worker that has nothing left to run."""
     database.run("DELETE FROM workers WHERE id = %s", worker_id)
 
-def take_over(database: Database, settings: Settings, worker: str | None,
-              heartbeat: int | None) -> int | None:
-    """Settles the runs of a lost worker as lost.
+RUNS_TAKEN_OVER = 500
+# How long a lock on the row of a worker that is known to be dead is waited for:
+# it may have left one itself, which the server takes back within milliseconds.
+DEAD_LOCK_S, DEAD_LOCK_PAUSE_S = 1.0, 0.05
 
-    Returns how many they were, or None if it is not lost. One transaction
-    locks its row, checks that its heartbeat still is `heartbeat` (None: that
-    it has no live row; -1: whatever it is), and marks it lost.
+class TakenOver(NamedTuple):
+    """How many runs of a lost worker were settled, and what waits for them."""
+    runs: int
+    resolution: Resolution
+
+def take_over(database: Database, settings: Settings, worker: str | None,
+              heartbeat: int | None) -> TakenOver | None:
+    """Settles the runs of a lost worker as lost; None if it is not lost.
+
+    One transaction locks its row, checks that its heartbeat still is
+    `heartbeat` (None: that it has no live row; -1: whatever it is), and marks
+    it lost. No row that another holds is waited for: a worker whose row is
+    locked is in a turn right now, and not dead; a run whose row is locked is
+    left, and so are those beyond RUNS_TAKEN_OVER. They have no live worker from
+    then on, and are taken over as such.
     """
-    def work(cursor: Cursor) -> int | None:
+    def work(cursor: Cursor) -> TakenOver | None:
         """Does it in the order of all transactions: the worker's row, then its runs."""
-        # A worker whose row is locked is in a turn right now: it is not dead.
-        # One that is known to be dead has left a lock at most, and that is
-        # waited for.
-        detected = heartbeat is not None and heartbeat >= 0
-        skip = database.skip_locked(cursor) if detected else ""
-        found = cursor.value(
-            "SELECT beat FROM workers WHERE id <=> %s AND lost_at IS NULL "
-            f"FOR UPDATE {skip}", worker)
-        if heartbeat not in (-1, found):
+        if not _is_lost(database, cursor, worker, heartbeat):
             return None
         cursor.execute(
             "UPDATE workers SET lost_at = UTC_TIMESTAMP(6), state = 'lost' "
             "WHERE id <=> %s AND lost_at IS NULL", (worker,))
-        jobs = read_processing(cursor, settings, "jobs_due",
-                               SqlCondition("worker <=> %s FOR UPDATE", [worker]))
-        lost = RunOutcome(Reason.LOST)
-        settle(cursor, database.packet_bytes,
-               [decide_settlement(job.claim, lost, settings) for job in jobs])
-        return len(jobs)
-    return database.transact(work)
+        return _settle_as_lost(database, cursor, settings, worker)
+    give_up_at = time.monotonic() + DEAD_LOCK_S
+    while True:
+        taken = database.transact(work)
+        late = time.monotonic() > give_up_at
+        if taken is not None or heartbeat != -1 or late:
+            return taken
+        time.sleep(DEAD_LOCK_PAUSE_S)
+
+def _is_lost(database: Database, cursor: Cursor, worker: str | None,
+             heartbeat: int | None) -> bool:
+    """Returns whether a worker is lost, by its row, which is locked then."""
+    live = "SELECT beat FROM workers WHERE lost_at IS NULL AND id IN %s"
+    if heartbeat is not None:
+        free = database.lock_free(cursor, int, live, [worker])
+        if free:
+            return heartbeat in (-1, free[0])
+    # A row that is not ours may be held, or not be there. Once it is gone, it
+    # never comes back: ids are not used twice, so this needs no lock.
+    gone = not cursor.rows(int, live, [worker])
+    return gone and heartbeat in (-1, None)
+
+def _settle_as_lost(database: Database, cursor: Cursor, settings: Settings,
+                    worker: str | None) -> TakenOver:
+    """Settles those runs of this worker whose rows nobody holds."""
+    # Found without a lock: all that are processing would be locked on the way.
+    found = cursor.rows(
+        int, "SELECT seq FROM jobs FORCE INDEX (jobs_due) "
+        f"WHERE state = 'processing' AND worker <=> %s LIMIT {RUNS_TAKEN_OVER}",
+        worker)
+    if not found:
+        return TakenOver(0, Resolution())
+    free = database.lock_free(
+        cursor, int, "SELECT seq FROM jobs FORCE INDEX (PRIMARY) "
+        "WHERE state = 'processing' AND seq IN %s", sorted(found))
+    if not free:
+        return TakenOver(0, Resolution())
+    jobs = read_processing(
+        cursor, settings, "PRIMARY",
+        SqlCondition("worker <=> %s AND seq IN %s FOR UPDATE", [worker, free]))
+    lost = RunOutcome(Reason.LOST)
+    resolution = settle(
+        cursor, database.packet_bytes,
+        [decide_settlement(job.claim, lost, settings) for job in jobs])
+    return TakenOver(len(jobs), resolution)
+
+def forget_lost_workers(database: Database, workers: Sequence[str]) -> None:
+    """Removes rows of workers that were lost long ago, but for those that others hold.
+    """
+    def work(cursor: Cursor) -> None:
+        free = database.lock_free(
+            cursor, str, "SELECT id FROM workers WHERE id IN %s", workers)
+        if free:
+            cursor.execute("DELETE FROM workers WHERE id IN %s", [free])
+    # By id: a scan would wait for every worker in a turn.
+    if workers:
+        database.transact(work)
 
 class PartTakenOver(NamedTuple):
     """What came of the runs of a dead worker some of which do not end."""
     taken: int  # so many runs were settled as lost
     kept: list[str]  # the ids of the jobs that stay processing
+    resolution: Resolution  # what waits for those that were settled
 
 def take_over_but(database: Database, settings: Settings, worker: str,
                   surviving: Mapping[str, int]) -> PartTakenOver | None:
@@ -4450,9 +4691,9 @@ def take_over_but(database: Database, settings: Settings, worker: str,
     """
     def work(cursor: Cursor) -> PartTakenOver | None:
         """Does it in the order of all transactions: the worker's row, then its runs."""
-        found = cursor.rows(
-            str, "SELECT id FROM workers WHERE id = %s AND lost_at IS NULL "
-            f"FOR UPDATE {database.skip_locked(cursor)}", worker)
+        found = database.lock_free(
+            cursor, str,
+            "SELECT id FROM workers WHERE lost_at IS NULL AND id IN %s", [worker])
         if not found:
             return None
         # Not the time of its last heartbeat: people see by it that it is silent.
@@ -4462,7 +4703,7 @@ def take_over_but(database: Database, settings: Settings, worker: str,
             int, "SELECT seq FROM jobs FORCE INDEX (jobs_due) "
             "WHERE state = 'processing' AND worker = %s", worker)
         if not seqs:
-            return PartTakenOver(0, [])
+            return PartTakenOver(0, [], Resolution())
         jobs = read_processing(
             cursor, settings, "PRIMARY",
             SqlCondition("worker = %s AND seq IN %s FOR UPDATE", [worker, seqs]))
@@ -4477,9 +4718,10 @@ def take_over_but(database: Database, settings: Settings, worker: str,
                 note = (f"its worker died, and process {pid} of it does not end; "
                         "it is looked at again with each heartbeat")
                 kept.append((claim, RunOutcome(None, detail=note)))
-        settle(cursor, database.packet_bytes, settlements)
+        resolution = settle(cursor, database.packet_bytes, settlements)
         write_history(cursor, database.packet_bytes, kept)
-        return PartTakenOver(len(settlements), [claim.id for claim, _ in kept])
+        ids = [claim.id for claim, _ in kept]
+        return PartTakenOver(len(settlements), ids, resolution)
     return database.transact(work)
 
 class LiveWorker(NamedTuple):
@@ -4632,8 +4874,10 @@ class OutputTrimmer:
 
 class Maintenance:
     """When each of these was done last, and how far it came."""
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, resolver: DependentsResolver) -> None:
+        """What it finds to wait for nothing more, `resolver` is to resolve."""
         self._database = database
+        self._resolver = resolver
         self._purge_at = self._recheck_at = 0.0
         # The last blocked job looked at: its time, and its seq.
         self._rechecked = (DATETIME_MIN, 0)
@@ -4664,11 +4908,21 @@ class Maintenance:
         self._purge_at = time.monotonic() + (0.0 if full else pause_s)
 
     def _recheck_blocked(self, settings: Settings) -> None:
-        """Resolves some blocked jobs once more: the net, should a wake-up be
+        """Looks at the blocked jobs once more: the net, should a wake-up be
         lost.
 
-        It walks through all of them, batch by batch, then pauses.
+        It walks through all of them, batch by batch, then pauses. It takes no
+        lock: nearly all of them wait as they should.
         """
+        until = time.monotonic() + RESOLVED_WITHIN_S
+        while time.monotonic() >= self._recheck_at:
+            if time.monotonic() > until:
+                return
+            if not self._recheck_some():
+                self._recheck_at = time.monotonic() + 10 * settings.heartbeat
+
+    def _recheck_some(self) -> bool:
+        """Looks at the next blocked jobs; returns whether there are more."""
         after, seq = self._rechecked
         found = self._database.rows(
             lambda at, number: (at, number),
@@ -4677,14 +4931,17 @@ class Maintenance:
             "AND (next_run_at > %s OR seq > %s) "
             f"ORDER BY next_run_at, seq LIMIT {RECHECKED_AT_ONCE}",
             after, after, seq)
-        self._rechecked, pause_s = (DATETIME_MIN, 0), 10 * settings.heartbeat
-        if len(found) == RECHECKED_AT_ONCE:
-            self._rechecked, pause_s = found[-1], 0.0
-        self._recheck_at = time.monotonic() + pause_s
         if found:
-            seqs = [number for _, number in found]
-            self._database.transact(lambda cursor: release_children(
-                cursor, resolve_blocked(cursor, seqs)))
+            self._resolver.add_blocked(self._database.rows(
+                int,
+                f"""
+                SELECT child FROM {PARENTS_SQL} WHERE child IN %s
+                 GROUP BY child
+                HAVING SUM(NOT {MET_SQL}) = 0 OR SUM({HOPELESS_SQL}) > 0
+                """, [number for _, number in found]))
+        more = len(found) == RECHECKED_AT_ONCE
+        self._rechecked = found[-1] if more else (DATETIME_MIN, 0)
+        return more
 
 
 # ---- turn --------------------------------------------------------------------
@@ -4843,17 +5100,19 @@ def is_drained(cursor: Cursor, served: Sequence[str]) -> bool:
         children, parents = "jobs.queue IN %s", "parents.queue IN %s"
     # One statement, so that all is seen at one moment: a job that is retried
     # between two of them would be in none of the states asked for.
-    parts = [f"(SELECT 1 FROM jobs FORCE INDEX (jobs_claim) "
-             f"WHERE state = '{state}' AND {here} LIMIT 1)"
-             for state in MAY_RUN]
-    parts.append(f"""
-        (SELECT 1 FROM {PARENTS_SQL} JOIN jobs ON jobs.seq = child
-          WHERE jobs.state = 'blocked' AND {children}
-            AND parents.state IN ('scheduled', 'blocked') AND {parents} LIMIT 1)""")
-    blocked_values = [served, served] if served else []
-    found = cursor.rows(int, " UNION ALL ".join(parts),
-                        *values * len(MAY_RUN), *blocked_values)
-    return not found
+    left = [f"SELECT 1 FROM jobs FORCE INDEX (jobs_claim) "
+            f"WHERE state = '{state}' AND {here}" for state in MAY_RUN]
+    blocked = (f"SELECT 1 FROM {PARENTS_SQL} JOIN jobs ON jobs.seq = child "
+               f"WHERE jobs.state = 'blocked' AND {children}")
+    left.append(f"{blocked} AND parents.state IN ('scheduled', 'blocked') "
+                f"AND {parents}")
+    # All that it waited for has ended: it is released, or dies, any moment.
+    left.append(f"{blocked} GROUP BY child "
+                f"HAVING SUM(NOT {MET_SQL}) = 0 OR SUM({HOPELESS_SQL}) > 0")
+    any_left = " OR ".join(f"EXISTS ({query})" for query in left)
+    names = [served] if served else []
+    return not cursor.value(f"SELECT {any_left}",
+                            *values * len(MAY_RUN), *names * 3)
 
 # -- what one transaction carries
 
@@ -4925,6 +5184,14 @@ class Packer:
 
 # -- the turn
 
+def resolve_dependents(resolver: DependentsResolver,
+                       result: TurnResult) -> TurnResult:
+    """Goes on with dependents that were left; returns the turn's result anew."""
+    died = resolver.run(RESOLVED_WITHIN_S)
+    notes = [*result.notes, *death_notes(died)]
+    due_s = 0.0 if resolver.goes_on else result.due_s
+    return dataclasses.replace(result, notes=notes, due_s=due_s)
+
 class TurnTaker:
     """Takes one worker's turns with the database."""
     def __init__(self, database: Database, identity: WorkerIdentity,
@@ -4935,10 +5202,13 @@ class TurnTaker:
         self.purges = False  # whether this worker does the maintenance
         self._claimer = Claimer(database, identity, use_skip_locked)
         self._detector = FailureDetector()
-        self._maintenance = Maintenance(database)
+        self._resolver = DependentsResolver(database)
+        self._maintenance = Maintenance(database, self._resolver)
         self._packer = Packer()
         self.trimmer = OutputTrimmer(database)
-        self._settlements: list[Settlement] = []  # of the present try
+        # Of the present try: what it settled, and what it left of dependents.
+        self._settlements: list[Settlement] = []
+        self._resolution = Resolution()
         self._state = ""  # as our row says
 
     def take(self, request: TurnRequest) -> TurnResult:
@@ -4959,9 +5229,30 @@ class TurnTaker:
             return self._settle_one_by_one(request, refused)
         self._packer.took(time.monotonic() - started)
         self.trimmer.add(result.settlements)
-        if not result.alive or not snapshot:
+        if not result.alive:
             return result
-        return self._look_around(request, result, snapshot)
+        result = resolve_dependents(self._resolver, result)
+        if not snapshot:
+            return result
+        result = self._look_around(request, result, snapshot)
+        return resolve_dependents(self._resolver, result)
+
+    def take_over(self, worker: str | None, heartbeat: int | None) -> int | None:
+        """Settles the runs of a lost worker as lost; returns how many, or None
+        if it is not lost."""
+        taken = take_over(self.database, self.settings, worker, heartbeat)
+        if taken is None:
+            return None
+        self._resolver.add(taken.resolution)
+        return taken.runs
+
+    def take_over_but(self, worker: str,
+                      surviving: Mapping[str, int]) -> PartTakenOver | None:
+        """Settles the runs of a dead worker, but for those that do not end."""
+        taken = take_over_but(self.database, self.settings, worker, surviving)
+        if taken:
+            self._resolver.add(taken.resolution)
+        return taken
 
     def take_over_lost(self, result: TurnResult) -> list[str]:
         """Takes over what has no live worker; returns what is to be said of
@@ -4971,14 +5262,20 @@ class TurnTaker:
         ended.
         """
         notes = []
+        # What is not reached by then is found again by the next look.
+        until = time.monotonic() + self.settings.lease_s / 8
         for worker, heartbeat in result.lost.items():
-            taken = take_over(self.database, self.settings, worker, heartbeat)
+            if time.monotonic() > until:
+                break
+            taken = self.take_over(worker, heartbeat)
             if taken is not None and result.snapshot:
                 silence = say_duration(result.snapshot.heartbeats[worker][1])
                 notes.append(f"worker {worker} is lost, no heartbeat for {silence}; "
                              f"{taken} runs taken over")
         for orphaned in result.orphaned:
-            taken = take_over(self.database, self.settings, orphaned, None)
+            if time.monotonic() > until:
+                break
+            taken = self.take_over(orphaned, None)
             if taken:
                 notes.append(f"worker {orphaned} has no live row; "
                              f"{taken} runs taken over")
@@ -4994,9 +5291,11 @@ class TurnTaker:
             or snapshot.due_s <= 0 or snapshot.staged \
             or (request.free and snapshot.waiting)
         if anything:
-            return self.database.transact(
+            result = self.database.transact(
                 lambda cursor: self._transaction(cursor, request, snapshot),
                 self._verify_turn)
+            self._resolver.add(self._resolution)
+            return result
         due_s = snapshot.due_s if snapshot else math.inf
         if not request.detect and request.state == self._state:
             return TurnResult(due_s=due_s)
@@ -5015,6 +5314,7 @@ class TurnTaker:
         """
         self._claimer.begin_try()
         self._settlements = []
+        self._resolution = Resolution()
         if not self._raise_heartbeat(cursor, request.state):
             return TurnResult(alive=False)
         load = self._packer.pack(cursor.tries, request.ended, request.flushes)
@@ -5048,6 +5348,7 @@ class TurnTaker:
 
         What is no longer ours, by its token, is left alone.
         """
+        self._resolution = Resolution()
         if not (load.ended or load.flushes):
             return []
         seqs = [claim.seq for claim, _ in (*load.ended, *load.flushes)]
@@ -5062,7 +5363,8 @@ class TurnTaker:
                 now = dataclasses.replace(claim, cancel_requested=bool(row.cancelled),
                                           has_children=bool(row.has_children))
                 settlements.append(decide_settlement(now, outcome, self.settings))
-        settle(cursor, self.database.packet_bytes, settlements)
+        self._resolution = settle(
+            cursor, self.database.packet_bytes, settlements)
         return settlements
 
     def _release(self, cursor: Cursor, snapshot: QueueSnapshot | None) -> float:
@@ -5158,7 +5460,7 @@ class TurnTaker:
                 self._settle_now([(claim, without_output(outcome, str(error)))])
                 notes.append(f"job {claim.id}: its output could not be stored: {error}")
         rest = self.take(dataclasses.replace(request, ended=(), flushes=()))
-        return dataclasses.replace(rest, notes=notes)
+        return dataclasses.replace(rest, notes=[*notes, *rest.notes])
 
     def _settle_now(self, ended: Sequence[Ended]) -> None:
         """Settles these runs, in as many transactions as it takes."""
@@ -5167,6 +5469,7 @@ class TurnTaker:
         left = ended
         while left:
             self.database.transact(work)
+            self._resolver.add(self._resolution)
             left = self._packer.load.unsettled
 
     def _look_around(self, request: TurnRequest, result: TurnResult,
@@ -5182,9 +5485,7 @@ class TurnTaker:
             lost = self._detector.observe(time.monotonic(), snapshot.heartbeats,
                                           self.settings.heartbeat)
             orphaned = snapshot.orphaned
-            # By id, one by one: a scan would wait for every worker in a turn.
-            for worker in snapshot.expired:
-                deregister(self.database, worker)
+            forget_lost_workers(self.database, snapshot.expired)
         self.trimmer.run()
         if self.purges:
             self._maintenance.run(self.settings)
@@ -5341,6 +5642,60 @@ def read_config(database: Database) -> dict[str, str]:
     """Returns the stored settings; `config` has rows that are none, too."""
     found: dict[str, str] = database.pairs("SELECT `key`, value FROM config")
     return {key: value for key, value in found.items() if key in SETTINGS}
+
+# -- why a job can never run
+
+class HopelessParent(NamedTuple):
+    """A job that ended, and not as `child` needs it."""
+    child: int
+    seq: int
+    id: str
+    state: str
+    reason: str | None
+    exit_code: int | None
+
+    @property
+    def outcome(self) -> str:
+        """How it ended, in a word or two."""
+        if self.reason == Reason.EXIT:
+            return f"{self.reason} {self.exit_code}"
+        return self.reason or self.state
+
+def roots_of(cursor: Cursor, seq: int) -> list[HopelessParent]:
+    """Returns the jobs that a job's death of what it waited for goes back to.
+
+    Up the chain it follows those that themselves died so; a root is one that
+    did not, or whose own parents are well again. None: the job may come back.
+    """
+    roots: list[HopelessParent] = []
+    # The jobs to ask about, and what is known of them; each is met once.
+    asked: dict[int, HopelessParent | None] = {seq: None}
+    met = {seq}
+    while asked:
+        found = cursor.records(
+            HopelessParent,
+            f"""
+            SELECT child, parents.seq, parents.id, parents.state,
+                   parents.reason, parents.exit_code
+              FROM {PARENTS_SQL}
+             WHERE child IN %s AND {HOPELESS_SQL}
+             ORDER BY parent
+            """, list(asked))
+        waited_in_vain = {one.child for one in found}
+        roots += [job for job in asked.values()
+                  if job and job.seq not in waited_in_vain]
+        asked = {one.seq: one for one in found if one.seq not in met}
+        met |= set(asked)
+        ended_so = {one.seq for one in asked.values()
+                    if one and one.reason == Reason.DEPENDENCY}
+        roots += [job for job in asked.values() if job and job.seq not in ended_so]
+        asked = {seq: asked[seq] for seq in ended_so}
+    return roots
+
+def bring_back(roots: Sequence[HopelessParent]) -> str:
+    """Returns the command that puts these back, and all that died with them."""
+    ids = " ".join(root.id for root in roots)
+    return f"queuectl dlq retry {ids} --dependents"
 
 # -- following a job
 
@@ -5890,13 +6245,22 @@ class JobStore(JobQueries):
 
     def cancel(self, job_id: str) -> ActionResult:
         """Ends a waiting job now; asks a running one's worker to end it."""
+        resolution = Resolution()  # of the last try
         def act(cursor: Cursor, job: LockedJob) -> ActionResult:
-            return _cancel(cursor, job_id, job)
+            nonlocal resolution
+            result, resolution = _cancel(cursor, job_id, job)
+            return result
         def stands(was: LockedJob, now: LockedJob) -> bool:
             # What runs now may have been claimed since: it is asked to end in
             # any case, and to ask twice does no harm.
             return now.state is State.CANCELLED
-        return self._on_one(job_id, act, stands)
+        result = self._on_one(job_id, act, stands)
+        resolver = DependentsResolver(self.database)
+        resolver.add(resolution)
+        # It is cancelled: if this fails, the workers do the rest.
+        with contextlib.suppress(Problem):
+            resolver.run(math.inf)
+        return result
 
     def revive(self, job_id: str, name: str, retries: int = 1,
                reset: bool = False) -> ActionResult:
@@ -5926,13 +6290,15 @@ class JobStore(JobQueries):
             [self.max_retries + 1, retries])
         return Counting(granted, Sql("attempts"))
 
-    def revive_dependents(self, job_id: str) -> Iterator[ActionResult]:
-        """Puts back what died with a job, and what died with that.
+    def revive_dependents(self, job_ids: Sequence[str]) -> Iterator[ActionResult]:
+        """Puts back what died with these jobs, and what died with that.
 
         The parents come first: while one is dead, its children cannot come
         back.
         """
-        parents = collections.deque([job_id])
+        parents = collections.deque(job_ids)
+        # Another parent of theirs is still dead, and may be on its way.
+        refused: dict[str, ActionResult] = {}
         while parents:
             children = self.rows(
                 str,
@@ -5946,7 +6312,11 @@ class JobStore(JobQueries):
                 result = self.revive(child, "revive")
                 if result.ok:
                     parents.append(child)
-                yield result
+                    refused.pop(child, None)
+                    yield result
+                else:
+                    refused[child] = result
+        yield from refused.values()
 
     def limit(self, name: str, what: str, value: object) -> None:
         """Sets `max_running` or `paused_at` of a queue; None takes it away."""
@@ -6049,23 +6419,28 @@ def _lock_with_parents(cursor: Cursor, job_id: str) -> LockedJob | None:
 
 # -- what a verb does
 
-def _cancel(cursor: Cursor, job_id: str, job: LockedJob) -> ActionResult:
-    """Cancels a job that we have locked, or asks for that."""
+def _cancel(cursor: Cursor, job_id: str,
+            job: LockedJob) -> tuple[ActionResult, Resolution]:
+    """Cancels a job that we have locked, or asks for that.
+
+    Returns beside the result what it has left of the job's dependents.
+    """
     if job.state is State.PROCESSING:
         _ask_to_end(cursor, job)
-        return ActionResult(job_id, True, job.state, None,
-                            "is running: its worker ends it")
+        asked = ActionResult(job_id, True, job.state, None,
+                             "is running: its worker ends it")
+        return asked, Resolution()
     rule = TRANSITIONS["cancel"]
     if job.state not in rule.leaves:
         error = f"job {job_id} is {job.state}: nothing to cancel"
-        return ActionResult(job_id, False, job.state, error)
+        return ActionResult(job_id, False, job.state, error), Resolution()
     move(cursor, "cancel", [job.seq],
          reason=Reason.CANCELLED,
          finished_at=NOW_SQL,
          next_run_at=NOT_LATER_SQL)
     # What needs it to complete dies with it; what needs its end may run.
-    release_children(cursor, [job.seq])
-    return ActionResult(job_id, True, rule.to, None, "is cancelled")
+    resolution = release_children(cursor, dependents_of([job.seq]))
+    return ActionResult(job_id, True, rule.to, None, "is cancelled"), resolution
 
 def _ask_to_end(cursor: Cursor, job: LockedJob) -> None:
     """Notes that a running job is to be cancelled: its worker will see it."""
@@ -6091,7 +6466,7 @@ def _revive(cursor: Cursor, job_id: str, job: LockedJob, name: str,
     unmet = _unmet_parents(cursor, job.seq)
     for parent in unmet:
         if parent.hopeless:
-            error = _waits_in_vain(job_id, parent)
+            error = _waits_in_vain(job_id, parent, roots_of(cursor, job.seq))
             return ActionResult(job_id, False, job.state, error)
     to = State.BLOCKED if unmet else rule.to
     # MySQL assigns from left to right: what max_attempts is made of must be
@@ -6105,10 +6480,11 @@ def _revive(cursor: Cursor, job_id: str, job: LockedJob, name: str,
     cursor.execute("DELETE FROM dlq WHERE job_seq = %s", (job.seq,))
     return ActionResult(job_id, True, to, None, f"is {to} again")
 
-def _waits_in_vain(job_id: str, parent: UnmetParent) -> str:
+def _waits_in_vain(job_id: str, parent: UnmetParent,
+                   roots: Sequence[HopelessParent]) -> str:
     """Returns why a job cannot come back, and the command that helps."""
     return (f"job {job_id} waits for {parent.id}, which is {parent.state}: "
-            f"queuectl dlq retry {parent.id} --dependents brings both back")
+            f"{bring_back(roots)} brings all back")
 
 def _unmet_parents(cursor: Cursor, seq: int) -> list[UnmetParent]:
     """Returns the jobs that this one still waits for."""
@@ -7890,7 +8266,7 @@ class Membership:
                 notes += self._keep(worker, surviving, before.get(worker, {}))
                 continue
             # -1: its heartbeat does not matter.
-            taken = take_over(turns.database, settings, worker, -1)
+            taken = turns.take_over(worker, -1)
             if worker in inherited:
                 notes.append(
                     f"worker {worker} died; {taken} runs written off as lost")
@@ -7907,7 +8283,7 @@ class Membership:
         went on when they were last looked at.
         """
         turns = self._turns
-        result = take_over_but(turns.database, turns.settings, worker, surviving)
+        result = turns.take_over_but(worker, surviving)
         if not result or surviving.keys() <= before.keys():
             return []
         pids = ", ".join(str(pid) for pid in sorted(surviving.values()))
@@ -10171,10 +10547,8 @@ class _Explanation:
              WHERE child = %s AND NOT {MET_SQL}
              ORDER BY parent
             """, self.row.seq)
-        # The jobs of a large enqueue are stored as blocked, and released only
-        # after its COMMIT.
         if not unmet:
-            return "being enqueued together with many others"
+            return self._released_soon()
         parents = []
         for parent in unmet[:UNMET_SHOWN]:
             where = f"is {parent.state}"
@@ -10185,6 +10559,18 @@ class _Explanation:
         if len(unmet) > UNMET_SHOWN:
             text += f" and {len(unmet) - UNMET_SHOWN} more"
         return text
+
+    def _released_soon(self) -> str:
+        """Returns why it is still blocked, although it waits for no job."""
+        parents = self.database.rows(
+            int, "SELECT parent FROM dependencies WHERE child = %s LIMIT 1",
+            self.row.seq)
+        # Of the many that wait for one job, some are released at a time.
+        if parents:
+            return "all that it waited for has ended: it is released next"
+        # The jobs of a large enqueue are stored as blocked, and released only
+        # after its COMMIT.
+        return "being enqueued together with many others"
 
     # -- it runs
 
@@ -10260,8 +10646,14 @@ class _Explanation:
         line = self.database.read(lambda cursor: cursor.value(
             "SELECT last_line FROM dlq WHERE job_seq = %s", row.seq))
         # The dead letter of a job that never ran says what it waited for.
+        put_back = f"put it back: queuectl dlq retry {row.id}"
         if row.reason == Reason.DEPENDENCY:
             cause = str(line or "")
+            roots = self.database.read(lambda cursor: roots_of(cursor, row.seq))
+            if roots:
+                named = [f"{root.id} ({root.outcome})" for root in roots]
+                cause += f", which goes back to {abbreviated(named)}"
+                put_back = f"put all back: {bring_back(roots)}"
         else:
             alike = [run for run in self.history
                      if run.reason == row.reason
@@ -10269,8 +10661,7 @@ class _Explanation:
             cause = _outcome(row, len(alike))
             if line:
                 cause += f', last line "{line}"'
-        return (f"dead: {cause}, {self._ago(row.finished_at)}; "
-                f"put it back: queuectl dlq retry {row.id}")
+        return f"dead: {cause}, {self._ago(row.finished_at)}; {put_back}"
 
     # -- words
 
@@ -11798,13 +12189,17 @@ def _would_revive(store: JobStore,
 def _revived(store: JobStore, ids: Sequence[str],
              args: argparse.Namespace) -> Iterator[ActionResult]:
     """Puts each job back, and with --dependents what died because of it."""
+    # What died with a job that was cancelled comes back only with that one.
+    name = "retry" if args.dependents else "revive"
+    revived = []
     for job_id in ids:
-        result = store.revive(job_id, "revive", args.retries, args.reset)
+        result = store.revive(job_id, name, args.retries, args.reset)
         yield result
-        # The parent comes first: while it is dead, its children cannot come
-        # back.
-        if args.dependents and result.ok:
-            yield from store.revive_dependents(job_id)
+        if result.ok:
+            revived.append(job_id)
+    # All parents come first: while one is dead, its children cannot come back.
+    if args.dependents:
+        yield from store.revive_dependents(revived)
 
 # -- settings
 

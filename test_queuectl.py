@@ -723,6 +723,16 @@ class WorkCase(QueueCase):
     def reasons(self, job_id: str) -> list[object]:
         return [row[0] for row in self.runs(job_id, "reason")]
 
+    @contextlib.contextmanager
+    def locked(self, query: str, *arguments: object) -> Iterator[None]:
+        """A stranger holds what this locking query reads."""
+        stranger = self.connection(autocommit=False)
+        try:
+            stranger.cursor().execute(query, arguments)
+            yield
+        finally:
+            stranger.close()
+
     def counts(self) -> dict[object, object]:
         return dict(self.sql("SELECT state, COUNT(*) FROM jobs GROUP BY state"))
 
@@ -2866,7 +2876,7 @@ class LostCommits(WorkCase):
         self.assertEqual(self.states(), {job_id: "pending"})
         self.assertEqual(self.job(job_id, "attempts"), (0,))
 
-    def lose__recheck_blocked(self, fault: str) -> None:
+    def lose__resolve(self, fault: str) -> None:
         turns = self.losing_turns()
         turns.purges = True
         self.put("true", id="parent", state="completed")
@@ -2888,6 +2898,13 @@ class LostCommits(WorkCase):
         queuectl.take_over(turns.database, turns.settings, lost.identity.id, -1)
         self.assertEqual(self.states(), {job_id: "failed"})
         self.assertEqual(self.reasons(job_id), ["lost"])
+
+    def lose_forget_lost_workers(self, fault: str) -> None:
+        lost, turns = self.turns(), self.losing_turns()
+        self.lose(fault)
+        queuectl.forget_lost_workers(turns.database, [lost.identity.id])
+        left = self.sql("SELECT 1 FROM workers WHERE id = %s", lost.identity.id)
+        self.assertEqual(left, [])
 
     def lose_purge(self, fault: str) -> None:
         ago = "2026-01-01 00:00:00"
@@ -5090,7 +5107,7 @@ class Crashes(WorkCase):
         self.assertEqual({json.loads(line)["attempts"] for line in listed}, {1})
 
     def test_a_poison_job_dies_without_its_neighbours(self) -> None:
-        siblings = [self.put("sleep 4", max_retries=0) for _ in range(3)]
+        siblings = [self.put("sleep 4", max_retries=1) for _ in range(3)]
         poison = self.put("kill -9 $PPID", max_retries=3)
         worker = self.worker("--count", "4")
         self.wait_state(poison, State.DEAD)
@@ -5101,6 +5118,49 @@ class Crashes(WorkCase):
             self.wait_state(one, State.COMPLETED)
         worker.signal(signal.SIGTERM)
         self.assertEqual(worker.wait(), 0)
+
+    def test_a_take_over_waits_for_no_strangers_lock(self) -> None:
+        """With SKIP LOCKED, and on a server that does not know it."""
+        for skip_locked in ("SKIP LOCKED", ""):
+            self.sql("DELETE FROM jobs")
+            lost, alive = self.turns(), self.turns()
+            held, free = self.put("true"), self.put("true")
+            lost.take(queuectl.TurnRequest(free=2, look=True))
+            others = self.put("true")
+            alive.take(queuectl.TurnRequest(free=1, look=True))
+            alive.database._skip_locked = skip_locked
+            query = "SELECT 1 FROM jobs WHERE id IN (%s, %s) FOR UPDATE"
+            began = time.monotonic()
+            with self.locked(query, held, others):
+                self.assertEqual(alive.take_over(lost.identity.id, -1), 1)
+                self.assert_state(free, State.FAILED)
+                self.assert_state(held, State.PROCESSING)
+            self.assertEqual(alive.take_over(lost.identity.id, None), 1)
+            self.assert_state(held, State.FAILED)
+            self.assert_state(others, State.PROCESSING)
+            # A worker whose row is held is in a turn, and not lost.
+            query = "SELECT 1 FROM workers WHERE id = %s FOR UPDATE"
+            with self.locked(query, alive.identity.id):
+                for heartbeat in (0, None, -1):
+                    taken = lost.take_over(alive.identity.id, heartbeat)
+                    self.assertEqual(taken, None)
+            self.assertLess(time.monotonic() - began, 5)
+            self.assert_state(others, State.PROCESSING)
+
+    def test_a_heartbeat_comes_between_the_tries_of_any_work(self) -> None:
+        turns = self.turns()
+        turns.take(queuectl.TurnRequest(look=True))
+        tries = 0
+
+        def work(cursor: queuectl.Cursor) -> None:
+            nonlocal tries
+            tries += 1
+            if tries == 1:
+                raise pymysql.err.OperationalError(1205, "held by others")
+
+        before = self.sql("SELECT beat + 1 FROM workers")
+        turns.database.read(work)
+        self.assertEqual(self.sql("SELECT beat FROM workers"), before)
 
     def test_on_lost_dead_buries_a_job_at_its_first_loss(self) -> None:
         job = self.put("kill -9 $PPID", on_lost="dead")
@@ -5123,7 +5183,7 @@ class Crashes(WorkCase):
                 job = self.put("true", max_retries=own, on_lost=on_lost)
                 lost.take(queuectl.TurnRequest(free=1, look=True))
                 self.sql("UPDATE jobs SET worker = 'gone' WHERE id = %s", job)
-                queuectl.take_over(lost.database, lost.settings, "gone", None)
+                lost.take_over("gone", None)
                 found = self.job(job, "state", "reason")
                 self.sql("DELETE FROM jobs")
                 with self.subTest(f"setting {setting}, job {own}, on_lost {on_lost}"):
@@ -7079,6 +7139,87 @@ class Dependencies(WorkCase):
         self.worker()
         self.wait_state("b", State.COMPLETED)
 
+    def settle_parent(self, turns: queuectl.TurnTaker) -> queuectl.Resolution:
+        """What the settlement of the one job that can run leaves of its dependents."""
+        [job] = turns.take(queuectl.TurnRequest(free=1, look=True)).jobs
+        outcome = queuectl.RunOutcome(queuectl.Reason.EXIT, 0)
+        settlement = queuectl.decide_settlement(job.claim, outcome, turns.settings)
+        found: queuectl.Resolution = turns.database.transact(
+            lambda cursor: queuectl.settle(cursor, 1 << 20, [settlement])
+        )
+        return found
+
+    def fan_out(self, count: int, **parent: object) -> str:
+        """The id of a job for which so many others wait."""
+        job_id = self.put("true", has_children=1, **parent)
+        self.put_many(count, "true", state="blocked")
+        self.sql(
+            "INSERT INTO dependencies (parent, child) SELECT parents.seq, jobs.seq "
+            "FROM jobs AS parents JOIN jobs ON jobs.state = 'blocked' "
+            "WHERE parents.id = %s",
+            job_id,
+        )
+        return job_id
+
+    def test_a_crash_amid_many_dependents_is_made_good_and_drain_waits(self) -> None:
+        self.fan_out(1700)
+        turns = self.turns()
+        self.settle_parent(turns)  # and what it has left goes with its worker
+        counts = self.counts()
+        self.assertEqual(counts.pop("completed"), 1)
+        self.assertEqual(counts, {"pending": 500, "blocked": 1200})
+        self.sql("UPDATE jobs SET state = 'completed' WHERE state = 'pending'")
+        database = self.reach()
+        self.assertFalse(database.read(lambda cursor: queuectl.is_drained(cursor, ())))
+        other = self.turns()
+        other.purges = True
+        other.take(queuectl.TurnRequest(look=True))
+        self.assertEqual(self.counts(), {"completed": 501, "pending": 1200})
+
+    def test_of_many_dependents_those_that_others_hold_are_not_waited_for(self) -> None:
+        self.fan_out(1200)
+        turns = self.turns()
+        resolver = queuectl.DependentsResolver(turns.database)
+        resolver.add(self.settle_parent(turns))
+        [[last]] = self.sql("SELECT MAX(seq) FROM jobs")
+        with self.locked("SELECT 1 FROM jobs WHERE seq = %s FOR UPDATE", last):
+            began = time.monotonic()
+            resolver.run(20)
+            self.assertLess(time.monotonic() - began, 2)
+            self.assertEqual(
+                self.counts(), {"completed": 1, "pending": 1199, "blocked": 1}
+            )
+        self.wait_until(
+            lambda: resolver.run(1) or self.counts().get("blocked") is None,
+            "the last one is released",
+        )
+
+    def test_who_cancels_the_parent_of_many_ends_them_all(self) -> None:
+        self.queuectl("cancel", self.fan_out(1200))
+        self.assertEqual(self.counts(), {"cancelled": 1, "dead": 1200})
+
+    def test_the_net_waits_for_no_strangers_lock(self) -> None:
+        """With SKIP LOCKED, and on a server that does not know it."""
+        for skip_locked in ("SKIP LOCKED", ""):
+            self.sql("DELETE FROM jobs")
+            self.fan_out(2, state="completed")
+            ids = self.sql("SELECT id FROM jobs WHERE state = 'blocked'")
+            held, other = (str(one) for [one] in ids)
+            turns = self.turns()
+            turns.purges = True
+            turns.database.read(turns.database.skip_locked)
+            turns.database._skip_locked = skip_locked
+            with self.locked("SELECT 1 FROM jobs WHERE id = %s FOR UPDATE", held):
+                began = time.monotonic()
+                turns.take(queuectl.TurnRequest(look=True))
+                self.assertLess(time.monotonic() - began, 2)
+                self.assert_state(held, State.BLOCKED)
+                self.assert_state(other, State.PENDING)
+            look = functools.partial(turns.take, queuectl.TurnRequest(look=True))
+            self.wait_until(
+                lambda: look() and self.state(held) == State.PENDING, "it is released"
+            )
+
     def test_dependents_come_back_with_their_parent_if_asked(self) -> None:
         self.chain(3, "test -e ok", max_retries=0)
         self.drain()
@@ -7128,6 +7269,31 @@ class Dependencies(WorkCase):
             self.assertTrue(revived[0].result(20).ok)
         self.assert_state("c0", State.COMPLETED)
         self.assert_state("c1", State.PENDING)
+
+    def test_a_dead_end_names_its_root_and_what_brings_all_back(self) -> None:
+        self.chain(4, "test -e ok", max_retries=0)
+        self.enqueue("true", id="other")
+        self.enqueue("true", id="end", after=["c3", "other"])
+        self.queuectl("cancel", "other")
+        worker = self.worker()
+        self.wait_state("end", State.DEAD)
+        self.wait_state("c3", State.DEAD)
+        self.wait_until(
+            lambda: self.has_said(
+                worker, "job c3: waited for c2, which was dead: dead"
+            ),
+            "the log tells of it",
+        )
+        self.queuectl("dlq", "retry", "c2", status=1)
+        self.assertIn("dlq retry c0 --dependents brings all back", self.errors)
+        self.assertIn("goes back to c0 (exit 1), ", self.explain("c3"))
+        why = self.explain("end")
+        self.assertIn("goes back to other (cancelled), c0 (exit 1), ", why)
+        command = why.strip().rpartition("put all back: queuectl ")[2]
+        self.assertEqual(command, "dlq retry other c0 --dependents")
+        open(self.path("ok"), "w").close()
+        self.queuectl(*command.split())
+        self.wait_until(lambda: self.counts() == {"completed": 6}, "all are done")
 
     def test_drain_waits_for_what_waits_for_a_job_that_is_there(self) -> None:
         self.enqueue("true", id="a", delay="1")
