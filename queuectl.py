@@ -1482,12 +1482,20 @@ CROWDED_CODES = {
 # Sent again, this data would be refused again: the caller must store it
 # without the part that does not fit, or tell the person.
 ROW_CODES = {
+    1048,  # a column that may not be NULL
     1062,  # a unique key has this value already
     1153,  # more than max_allowed_packet
     1264,  # a number out of range
     1265,  # a value would be cut
+    1292,  # a text that is no such value
+    1364,  # a column without a default
     1366,  # text that the column's character set lacks
     1406,  # text longer than the column
+    1442,  # a trigger would change the table that it is of
+    1451,  # a foreign key of others points to this row
+    1452,  # a foreign key of others points to nothing
+    1644,  # a trigger's SIGNAL: somebody vetoes it
+    1690,  # an expression is out of its range
     3140,  # no JSON
     3819,  # MySQL: a CHECK failed
     4025,  # MariaDB: a CHECK failed
@@ -1535,6 +1543,11 @@ def classify_error(error: Exception) -> tuple[ErrorClass, int]:
     # PyMySQL says 2003 of a bad certificate too, which no waiting will mend.
     if isinstance(origin, ssl.SSLCertVerificationError):
         return ErrorClass.SETUP, 2026
+    # SQLSTATE 45: a SIGNAL, whatever code its trigger gave it. Older PyMySQL
+    # does not tell it.
+    state = getattr(error, "sqlstate", None) or ""
+    if state.startswith("45"):
+        return ErrorClass.ROW, code
     # An InternalError without a code: answers came out of order.
     if code == -1 and "Packet sequence" in str(error):
         return ErrorClass.RECONNECT, code
@@ -1592,6 +1605,10 @@ NOT_SECURE = Explanation(
 LOCKED = Explanation(
     "others hold locks in {place}: {text}",
     "try again; a long transaction is in SHOW PROCESSLIST")
+# Whatever nobody foresaw: its code and text say what to look for.
+NOT_FORESEEN = Explanation(
+    "the server did not do it in {place}: error {code}, {text}",
+    "see: queuectl db check, and the server's documentation for this code")
 STOPPED = Explanation(
     "the private server of {place} is stopped",
     "run: queuectl db start")
@@ -1631,6 +1648,7 @@ def explain_error(target: ConnectionInfo, error: Exception) -> Unreachable:
         account=f"{target.user!r} (from {target.account_source})",
         place=f"{target} (from {target.source})",
         tried=tried,
+        code=classify_error(error)[1],
         # Nothing that a hostile server says steers the terminal.
         text=text.translate(ESCAPES))
     return Unreachable(told, hint, UNAVAILABLE)
@@ -1640,6 +1658,8 @@ def _explanation(target: ConnectionInfo, error: Exception) -> Explanation:
     error_class, code = classify_error(error)
     if code in EXPLANATIONS:
         return EXPLANATIONS[code]
+    if error_class is ErrorClass.BUG:
+        return NOT_FORESEEN
     if error_class is ErrorClass.REPEAT:
         return LOCKED
     if _refused(error) and target.source == PRIVATE_FOLDER:
@@ -2130,6 +2150,9 @@ FOUND_ROWS = 1 << 1
 # came from outside is in them as escaped values only, and so starts none.
 MULTI_STATEMENTS = 1 << 16
 
+# As many rows as the statement itself allows.
+NO_LIMIT = (1 << 64) - 1
+
 class Connector:
     """Finds the host to use, logs in, and sets the session up."""
 
@@ -2299,15 +2322,20 @@ class Connector:
         lock_wait_s = max(1, int(longest_s))
         # A session that a partition left behind has locks: it must end.
         idle_s = int(4 * policy.timeout_s)
+        # What a statement relies on is set here: the server's own defaults may
+        # forbid an UPDATE, a join or a write, cut an answer, or end a session.
         cursor.execute("SET SESSION sql_mode = 'STRICT_ALL_TABLES', "
                        f"time_zone = '+00:00', {limit} = 0, completion_type = 0, "
+                       "autocommit = 1, sql_safe_updates = 0, "
+                       f"sql_big_selects = 1, sql_select_limit = {NO_LIMIT}, "
                        f"innodb_lock_wait_timeout = {lock_wait_s}, "
                        f"lock_wait_timeout = {lock_wait_s}, "
                        f"wait_timeout = {idle_s}")
         level = "REPEATABLE READ"
         if read_committed:
             level = "READ COMMITTED"
-        cursor.execute(f"SET SESSION TRANSACTION ISOLATION LEVEL {level}")
+        cursor.execute(
+            f"SET SESSION TRANSACTION ISOLATION LEVEL {level}, READ WRITE")
         # From here on the caller's own patience holds, no more the login's: it
         # is longer than a wait for a lock, and the next statement reads a table.
         patience = dataclasses.replace(policy, timeout_s=timeout_s)
@@ -2603,13 +2631,14 @@ class Database:
     def _back_off_or_raise(self, error_class: ErrorClass, error: Exception,
                            tries: Tries) -> None:
         """Pauses before the next try, or raises what a person should read."""
-        if error_class is ErrorClass.BUG:
-            raise error
         problem = explain_error(self.target, error)
         problem.sent = tries.unsure or tries.lost
         # No waiting mends a wrong password, or a mere guess of an address.
         guessed = not self.target.explicit and _refused(error)
         hopeless = error_class is ErrorClass.SETUP or guessed
+        # The same again would fail again, for a worker as well.
+        if error_class is ErrorClass.BUG:
+            raise problem from error
         pause_s = _pause_s(error_class, tries.count, self.policy.timeout_s)
         waited_s = time.monotonic() - tries.since
         if hopeless and not self.policy.endless:

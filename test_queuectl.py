@@ -1636,6 +1636,38 @@ class ConnectionTest(QueueCase):
         self.assertEqual(writer.wait(20), 0, writer.said())
         self.assert_state("patient", State.PENDING)
 
+    def test_a_server_s_own_defaults_forbid_nothing_that_the_queue_does(self) -> None:
+        read_only = "transaction_read_only"
+        if not self.sql(f"SHOW VARIABLES LIKE '{read_only}'"):
+            read_only = "tx_read_only"
+        for name, value in (
+            ("sql_safe_updates", 1),
+            ("max_join_size", 1),
+            ("sql_select_limit", 1),
+            ("autocommit", 0),
+            ("completion_type", 2),
+            (read_only, 1),
+        ):
+            [(before,)] = self.sql(f"SELECT @@GLOBAL.{name}")
+            self.addCleanup(self.sql, f"SET GLOBAL {name} = %s", before)
+            self.sql(f"SET GLOBAL {name} = %s", value)
+        for name in ("a", "b", "c"):
+            self.enqueue("true", id=name)
+        self.queuectl("enqueue", "--after", "a", "-c", "true")
+        self.queuectl("cancel", "c")
+        self.drain("--count", "2")
+        self.assertEqual(len(self.queuectl("list", "--json").splitlines()), 4)
+
+    def test_an_error_that_nobody_foresaw_is_one_line_with_code_and_text(self) -> None:
+        self.addCleanup(self.sql, "DROP TRIGGER queuectl_strange")
+        self.sql(
+            "CREATE TRIGGER queuectl_strange BEFORE INSERT ON jobs FOR EACH ROW "
+            "SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = 4999, MESSAGE_TEXT = 'odd'"
+        )
+        self.queuectl("enqueue", "-c", "true", status=69)
+        self.assertRegex(self.errors, "^queuectl: the server did not do it .*4999, odd")
+        self.assertNotIn("unknown whether", self.errors)
+
     def test_the_set_up_that_is_missing_is_named_and_the_password_is_not(self) -> None:
         self.queuectl("list", status=69, DB_NAME="queuectl_absent")
         self.assertIn("run: queuectl db init", self.errors)
@@ -4742,7 +4774,7 @@ class Outages(WorkCase):
             self.assertRegex(told[1], r"the database is back after 1 m [23]\d s")
 
     locked_s = 3.2  # longer than the lease
-    locks = (
+    locks: Sequence[str] = (
         f"LOCK TABLES {', '.join(f'{table} READ' for table in TABLES)}",
         "FLUSH TABLES WITH READ LOCK",
     )
