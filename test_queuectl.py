@@ -6558,6 +6558,57 @@ class Messages(WorkCase):
         )
 
 
+class Vetoes(WorkCase):
+    """Rows that the server refuses to write, as a trigger of somebody may."""
+
+    def veto(self, event: str, condition: str) -> None:
+        """Have a trigger refuse such rows."""
+        name = f"veto_{secrets.token_hex(4)}"
+        self.addCleanup(self.sql, f"DROP TRIGGER {name}")
+        self.sql(
+            f"CREATE TRIGGER {name} BEFORE {event} FOR EACH ROW IF {condition} THEN "
+            "SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'vetoed'; END IF"
+        )
+
+    def test_one_row_that_takes_nothing_stops_nobody(self) -> None:
+        self.veto("UPDATE ON jobs", "NEW.id LIKE 'bad%%'")
+        for name in ("bad1", "bad2"):
+            self.put("true", id=name)
+        self.put("true", id="bad3", state="scheduled")
+        worker = self.worker("--count", "2")
+        self.put_many(20, "true")
+        self.wait_ended(20)
+        self.assertEqual(self.counts(), {"completed": 20, "pending": 2, "scheduled": 1})
+        self.assertIn("vetoed (1644)", worker.said())
+        self.assertNotIn("Traceback", worker.said())
+        worker.signal(signal.SIGTERM)
+        self.assertEqual(worker.wait(), 0)
+
+    def test_a_job_that_may_not_run_is_dead_and_the_reason_is_refused(self) -> None:
+        self.veto("UPDATE ON jobs", "NEW.id = 'bad' AND NEW.state = 'processing'")
+        self.put("true", id="bad")
+        self.put_many(5, "true")
+        self.drain("--count", "2")
+        self.assertEqual(self.job("bad", "state", "reason"), ("dead", "refused"))
+        self.assertEqual(self.counts(), {"completed": 5, "dead": 1})
+        self.assertEqual(self.sql("SELECT id, reason FROM dlq"), [("bad", "refused")])
+
+    def test_a_job_whose_result_is_refused_is_dead_and_others_are_settled(self) -> None:
+        self.veto("INSERT ON runs", "NEW.exit_code = 3")
+        self.put("exit 3", id="bad", max_retries=2)
+        self.put_many(5, "true")
+        worker = self.worker("--count", "2")
+        self.wait_state("bad", State.DEAD)
+        self.wait_ended(5)
+        self.assertEqual(self.job("bad", "reason", "runs"), ("refused", 1))
+        self.assertIn("job bad is dead: its result was refused: vetoed", worker.said())
+
+    def test_a_person_reads_who_vetoed_a_job_in_one_line(self) -> None:
+        self.veto("INSERT ON jobs", "NEW.command = 'bad'")
+        self.queuectl("enqueue", "-c", "bad", status=2)
+        self.assertIn("the server refused a job: vetoed\n", self.errors)
+
+
 class CommandsTest(WorkCase):
     """What a person types and reads."""
 
