@@ -1117,6 +1117,9 @@ TRANSITIONS = {
     "complete": _rule((State.PROCESSING,), State.COMPLETED, needs_token=True),
     "fail": _rule((State.PROCESSING,), State.FAILED, needs_token=True),
     "die": _rule((State.PROCESSING,), State.DEAD, needs_token=True),
+    # Its row takes nothing else that is written to it.
+    "refuse": _rule((State.PROCESSING,), State.DEAD, needs_token=True),
+    "refuse unrun": _rule(WAITING, State.DEAD),
     # It has no run: what it waited for can never end as it should.
     "die unrun": _rule((State.BLOCKED,), State.DEAD),
     "lose": _rule((State.PROCESSING,), State.FAILED, needs_token=True),
@@ -1143,6 +1146,7 @@ class Reason(str, enum.Enum):
     HANDED_BACK = "handed back"  # its worker was stopped before it ended
     SIGNATURE = "signature"  # nobody who has the key enqueued it as it is
     DEPENDENCY = "dependency"  # it never ran: what it waited for did not complete
+    REFUSED = "refused"      # the server refuses what is to be written to its row
 
 # A job that was lost so often in a row is next run with no other beside it.
 ALONE_AFTER_LOSSES = 2
@@ -1503,12 +1507,20 @@ CROWDED_CODES = {
 # Sent again, this data would be refused again: the caller must store it
 # without the part that does not fit, or tell the person.
 ROW_CODES = {
+    1048,  # a column that may not be NULL
     1062,  # a unique key has this value already
     1153,  # more than max_allowed_packet
     1264,  # a number out of range
     1265,  # a value would be cut
+    1292,  # a text that is no such value
+    1364,  # a column without a default
     1366,  # text that the column's character set lacks
     1406,  # text longer than the column
+    1442,  # a trigger would change the table that it is of
+    1451,  # a foreign key of others points to this row
+    1452,  # a foreign key of others points to nothing
+    1644,  # a trigger's SIGNAL: somebody vetoes it
+    1690,  # an expression is out of its range
     3140,  # no JSON
     3819,  # MySQL: a CHECK failed
     4025,  # MariaDB: a CHECK failed
@@ -1556,6 +1568,11 @@ def classify_error(error: Exception) -> tuple[ErrorClass, int]:
     # PyMySQL says 2003 of a bad certificate too, which no waiting will mend.
     if isinstance(origin, ssl.SSLCertVerificationError):
         return ErrorClass.SETUP, 2026
+    # SQLSTATE 45: a SIGNAL, whatever code its trigger gave it. Older PyMySQL
+    # does not tell it.
+    state = getattr(error, "sqlstate", None) or ""
+    if state.startswith("45"):
+        return ErrorClass.ROW, code
     # An InternalError without a code: answers came out of order.
     if code == -1 and "Packet sequence" in str(error):
         return ErrorClass.RECONNECT, code
@@ -1613,6 +1630,10 @@ NOT_SECURE = Explanation(
 LOCKED = Explanation(
     "others hold locks in {place}: {text}",
     "try again; a long transaction is in SHOW PROCESSLIST")
+# Whatever nobody foresaw: its code and text say what to look for.
+NOT_FORESEEN = Explanation(
+    "the server did not do it in {place}: error {code}, {text}",
+    "see: queuectl db check, and the server's documentation for this code")
 STOPPED = Explanation(
     "the private server of {place} is stopped",
     "run: queuectl db start")
@@ -1652,6 +1673,7 @@ def explain_error(target: ConnectionInfo, error: Exception) -> Unreachable:
         account=f"{target.user!r} (from {target.account_source})",
         place=f"{target} (from {target.source})",
         tried=tried,
+        code=classify_error(error)[1],
         # Nothing that a hostile server says steers the terminal.
         text=text.translate(ESCAPES))
     return Unreachable(told, hint, UNAVAILABLE)
@@ -1661,6 +1683,8 @@ def _explanation(target: ConnectionInfo, error: Exception) -> Explanation:
     error_class, code = classify_error(error)
     if code in EXPLANATIONS:
         return EXPLANATIONS[code]
+    if error_class is ErrorClass.BUG:
+        return NOT_FORESEEN
     if error_class is ErrorClass.REPEAT:
         return LOCKED
     if _refused(error) and target.source == PRIVATE_FOLDER:
@@ -2151,6 +2175,9 @@ FOUND_ROWS = 1 << 1
 # came from outside is in them as escaped values only, and so starts none.
 MULTI_STATEMENTS = 1 << 16
 
+# As many rows as the statement itself allows.
+NO_LIMIT = (1 << 64) - 1
+
 class Connector:
     """Finds the host to use, logs in, and sets the session up."""
 
@@ -2320,15 +2347,20 @@ class Connector:
         lock_wait_s = max(1, int(longest_s))
         # A session that a partition left behind has locks: it must end.
         idle_s = int(4 * policy.timeout_s)
+        # What a statement relies on is set here: the server's own defaults may
+        # forbid an UPDATE, a join or a write, cut an answer, or end a session.
         cursor.execute("SET SESSION sql_mode = 'STRICT_ALL_TABLES', "
                        f"time_zone = '+00:00', {limit} = 0, completion_type = 0, "
+                       "autocommit = 1, sql_safe_updates = 0, "
+                       f"sql_big_selects = 1, sql_select_limit = {NO_LIMIT}, "
                        f"innodb_lock_wait_timeout = {lock_wait_s}, "
                        f"lock_wait_timeout = {lock_wait_s}, "
                        f"wait_timeout = {idle_s}")
         level = "REPEATABLE READ"
         if read_committed:
             level = "READ COMMITTED"
-        cursor.execute(f"SET SESSION TRANSACTION ISOLATION LEVEL {level}")
+        cursor.execute(
+            f"SET SESSION TRANSACTION ISOLATION LEVEL {level}, READ WRITE")
         # From here on the caller's own patience holds, no more the login's: it
         # is longer than a wait for a lock, and the next statement reads a table.
         patience = dataclasses.replace(policy, timeout_s=timeout_s)
@@ -2651,13 +2683,14 @@ class Database:
     def _back_off_or_raise(self, error_class: ErrorClass, error: Exception,
                            tries: Tries) -> None:
         """Pauses before the next try, or raises what a person should read."""
-        if error_class is ErrorClass.BUG:
-            raise error
         problem = explain_error(self.target, error)
         problem.sent = tries.unsure or tries.lost
         # No waiting mends a wrong password, or a mere guess of an address.
         guessed = not self.target.explicit and _refused(error)
         hopeless = error_class is ErrorClass.SETUP or guessed
+        # The same again would fail again, for a worker as well.
+        if error_class is ErrorClass.BUG:
+            raise problem from error
         pause_s = _pause_s(error_class, tries.count, self.policy.timeout_s)
         waited_s = time.monotonic() - tries.since
         if hopeless and not self.policy.endless:
@@ -3731,6 +3764,31 @@ class DependentsResolver:
         return Resolution(died, dependents_of([job.seq for job in died]),
                           set(found) - set(free))
 
+def refuse(database: Database, seq: int, token: str | None) -> bool:
+    """Sets a job aside whose row the server refuses to write: it is dead.
+
+    `token` is that of its run, None: it has none. Returns False where the
+    server refuses even this. The dead letter is written where it is taken.
+    """
+    name = "refuse unrun" if token is None else "refuse"
+    def set_aside(cursor: Cursor) -> int:
+        return move(cursor, name, [seq], tokens=[token or ""], token=None,
+                    reason=Reason.REFUSED, next_run_at=NOT_LATER_SQL,
+                    finished_at=NOW_SQL)
+    def tell_others(cursor: Cursor) -> None:
+        """Writes what follows from its death; of many dependents the first."""
+        write_dead_letters(cursor, {seq: None})
+        release_children(cursor, dependents_of([seq]))
+    try:
+        died = database.transact(set_aside)
+    except RowRefused:
+        return False
+    # Without it the job is in no list of the dead, and dead all the same.
+    if died:
+        with contextlib.suppress(RowRefused):
+            database.transact(tell_others)
+    return True
+
 
 # ---- enqueue -----------------------------------------------------------------
 #
@@ -4273,6 +4331,34 @@ class Claimer:
         self._queues: list[str] = list(identity.queues)
         self._limits: dict[str, int | None] = {}
         self._positions: dict[str, Position] = {}
+        # Rows that the server lets nobody write: they are passed over.
+        self._passed_over: set[int] = set()
+        # So many are claimed at once; few after a refusal, to find whose it was.
+        self._at_most = sys.maxsize
+
+    def narrow(self) -> int | None:
+        """Has fewer claimed at once, after a try that the server refused.
+
+        Returns the seq of the job that is to blame, once it was alone.
+        """
+        alone = self.seqs[0] if len(self.seqs) == 1 else None
+        self._at_most = max(1, len(self.seqs) // 2)
+        return alone
+
+    def widen(self) -> None:
+        """Has more claimed at once again, after a try that was taken."""
+        self._at_most = min(2 * self._at_most, sys.maxsize)
+
+    def pass_over(self, seq: int) -> None:
+        """Never touches this row again."""
+        self._passed_over.add(seq)
+
+    def but_refused(self) -> str:
+        """Returns the end of a WHERE that leaves out what is passed over."""
+        if not self._passed_over:
+            return ""
+        seqs = ", ".join(map(str, sorted(self._passed_over)))
+        return f"AND seq NOT IN ({seqs})"
 
     def begin_turn(self) -> None:
         """Makes the token for what this turn claims: random, and never used again."""
@@ -4311,6 +4397,7 @@ class Claimer:
             return
         # First to each queue its share, rounded up; then the rest to who has
         # more.
+        wanted = min(wanted, self._at_most)
         share = -(-wanted // len(open_queues))
         for at_most in sorted({share, wanted}):
             for name in open_queues:
@@ -4414,7 +4501,7 @@ class Claimer:
             Candidate,
             f"""
             SELECT seq, losses, claim_order FROM jobs FORCE INDEX (jobs_claim)
-             WHERE state = 'pending' AND queue = %s {condition}
+             WHERE state = 'pending' AND queue = %s {condition} {self.but_refused()}
              ORDER BY claim_order, seq LIMIT {wanted}
                FOR UPDATE SKIP LOCKED
             """, *values)
@@ -4429,8 +4516,9 @@ class Claimer:
         A job that must run alone waits until a process is idle and nothing
         else waits.
         """
-        ordinary = SqlCondition(f"queue = %s AND losses < {ALONE_AFTER_LOSSES}", [name])
-        alone = SqlCondition(f"queue = %s AND losses >= {ALONE_AFTER_LOSSES}", [name])
+        where = f"queue = %s {self.but_refused()}"
+        ordinary = SqlCondition(f"{where} AND losses < {ALONE_AFTER_LOSSES}", [name])
+        alone = SqlCondition(f"{where} AND losses >= {ALONE_AFTER_LOSSES}", [name])
         worker = self._identity.id
         claimed = claim_next(cursor, ordinary, wanted, self.token, worker)
         if not claimed and idle and not self.seqs:
@@ -4955,6 +5043,8 @@ class Maintenance:
 RELEASED_WHEN_DUE = 500
 # How soon to look again for due rows that another worker is about to release.
 OTHERS_RELEASE_S = 0.05
+# How soon to try a turn again that was refused for no claim of its own.
+REFUSED_AGAIN_S = 1.0
 
 @dataclass(frozen=True)
 class TurnRequest:
@@ -5209,6 +5299,8 @@ class TurnTaker:
         # Of the present try: what it settled, and what it left of dependents.
         self._settlements: list[Settlement] = []
         self._resolution = Resolution()
+        self._aside: set[tuple[int, str]] = set()  # runs whose row takes nothing
+        self._noted: set[str] = set()  # refusals that the log has
         self._state = ""  # as our row says
 
     def take(self, request: TurnRequest) -> TurnResult:
@@ -5226,7 +5318,10 @@ class TurnTaker:
         try:
             result = self._carry_out(request, snapshot)
         except RowRefused as refused:
-            return self._settle_one_by_one(request, refused)
+            if request.ended or request.flushes:
+                return self._settle_one_by_one(request, refused)
+            return self._find_refused(request, refused)
+        self._claimer.widen()
         self._packer.took(time.monotonic() - started)
         self.trimmer.add(result.settlements)
         if not result.alive:
@@ -5261,13 +5356,13 @@ class TurnTaker:
         Before that, what lost workers of this host left running must have been
         ended.
         """
-        notes = []
+        notes: list[str] = []
         # What is not reached by then is found again by the next look.
         until = time.monotonic() + self.settings.lease_s / 8
         for worker, heartbeat in result.lost.items():
             if time.monotonic() > until:
                 break
-            taken = self.take_over(worker, heartbeat)
+            taken = self._take_over(worker, heartbeat, notes)
             if taken is not None and result.snapshot:
                 silence = say_duration(result.snapshot.heartbeats[worker][1])
                 notes.append(f"worker {worker} is lost, no heartbeat for {silence}; "
@@ -5275,11 +5370,27 @@ class TurnTaker:
         for orphaned in result.orphaned:
             if time.monotonic() > until:
                 break
-            taken = self.take_over(orphaned, None)
+            taken = self._take_over(orphaned, None, notes)
             if taken:
                 notes.append(f"worker {orphaned} has no live row; "
                              f"{taken} runs taken over")
         return notes
+
+    def _take_over(self, worker: str | None, heartbeat: int | None,
+                   notes: list[str]) -> int | None:
+        """Takes over from one worker; notes once where a row is refused."""
+        try:
+            return self.take_over(worker, heartbeat)
+        except RowRefused as refused:
+            self._note_once(notes, f"runs of worker {worker} cannot be taken over: "
+                                   f"{refused}")
+            return None
+
+    def _note_once(self, notes: list[str], text: str) -> None:
+        """Adds a note for the log that it did not have yet."""
+        if text not in self._noted:
+            self._noted.add(text)
+            notes.append(text)
 
     def _carry_out(self, request: TurnRequest,
                    snapshot: QueueSnapshot | None) -> TurnResult:
@@ -5391,6 +5502,7 @@ class TurnTaker:
             seqs = cursor.rows(
                 int, "SELECT seq FROM jobs FORCE INDEX (jobs_due) "
                 "WHERE state = %s AND next_run_at <= UTC_TIMESTAMP(6) "
+                f"{self._claimer.but_refused()} "
                 f"ORDER BY next_run_at LIMIT {RELEASED_WHEN_DUE} "
                 f"FOR UPDATE {self.database.skip_locked(cursor)}", state)
             released += len(seqs)
@@ -5446,8 +5558,6 @@ class TurnTaker:
         So one bad row never blocks the rest: the guilty one goes without its
         output.
         """
-        if not (request.ended or request.flushes):
-            raise refused  # no result is to blame
         notes = []
         if request.ended:
             notes.append(f"a result was refused by the database: {refused}")
@@ -5457,10 +5567,66 @@ class TurnTaker:
             try:
                 self._settle_now([(claim, outcome)])
             except RowRefused as error:
-                self._settle_now([(claim, without_output(outcome, str(error)))])
-                notes.append(f"job {claim.id}: its output could not be stored: {error}")
+                notes.append(self._settle_without_output(claim, outcome, error))
         rest = self.take(dataclasses.replace(request, ended=(), flushes=()))
         return dataclasses.replace(rest, notes=[*notes, *rest.notes])
+
+    def _settle_without_output(self, claim: Claim, outcome: RunOutcome,
+                               refused: RowRefused) -> str:
+        """Settles a run that was refused with its output; returns what to say of it.
+
+        If it is the row that takes nothing, the job is set aside.
+        """
+        try:
+            self._settle_now([(claim, without_output(outcome, str(refused)))])
+            return f"job {claim.id}: its output could not be stored: {refused}"
+        except RowRefused as error:
+            if refuse(self.database, claim.seq, claim.token):
+                return f"job {claim.id} is dead: its result was refused: {error}"
+            self._aside.add((claim.seq, claim.token))
+            return f"job {claim.id} stays as it is, its row is refused: {error}"
+
+    def _find_refused(self, request: TurnRequest,
+                      refused: RowRefused) -> TurnResult:
+        """Sets a pending job aside that the server let nobody claim.
+
+        Where it is not yet known which one it is, fewer are claimed at once. A
+        refusal that no claim is to blame for is only told.
+        """
+        # The refused try took our heartbeat back.
+        alive = self.database.read(
+            lambda cursor: self._raise_heartbeat(cursor, request.state))
+        none_claimed = not self._claimer.seqs
+        seq = self._claimer.narrow()
+        notes = []
+        if seq is not None:
+            dead = refuse(self.database, seq, None)
+            self._claimer.pass_over(seq)
+            became = "is dead" if dead else "is passed over"
+            notes.append(f"the job with seq {seq} {became}, the database refuses "
+                         f"to write its row: {refused}")
+        elif none_claimed:
+            notes += self._release_one_by_one()
+        due_s = REFUSED_AGAIN_S if none_claimed else 0.0
+        return TurnResult(alive=alive, due_s=due_s, notes=notes)
+
+    def _release_one_by_one(self) -> list[str]:
+        """Releases due rows singly, and sets those aside that are refused."""
+        notes = []
+        due = self.database.rows(
+            int, "SELECT seq FROM jobs FORCE INDEX (jobs_due) "
+            "WHERE state IN ('scheduled', 'failed') "
+            f"AND next_run_at <= UTC_TIMESTAMP(6) LIMIT {RELEASED_WHEN_DUE}")
+        for seq in due:
+            release = functools.partial(move, name="release", seqs=[seq])
+            try:
+                self.database.transact(release)
+            except RowRefused as refused:
+                if refuse(self.database, seq, None):
+                    notes.append(f"the job with seq {seq} is dead, the database "
+                                 f"refuses to write its row: {refused}")
+                self._claimer.pass_over(seq)
+        return notes
 
     def _settle_now(self, ended: Sequence[Ended]) -> None:
         """Settles these runs, in as many transactions as it takes."""
@@ -5487,16 +5653,20 @@ class TurnTaker:
             orphaned = snapshot.orphaned
             forget_lost_workers(self.database, snapshot.expired)
         self.trimmer.run()
+        notes = [*result.notes]
         if self.purges:
-            self._maintenance.run(self.settings)
+            try:
+                self._maintenance.run(self.settings)
+            except RowRefused as refused:
+                self._note_once(notes, f"maintenance was refused: {refused}")
         return dataclasses.replace(result, snapshot=snapshot, lost=lost,
-                                   orphaned=orphaned)
+                                   orphaned=orphaned, notes=notes)
 
     def _hand_back_unknown(self, request: TurnRequest, snapshot: QueueSnapshot) -> None:
         """Hands back rows under our id that we do not run: a read-back had failed."""
         known = {*request.running,
                  *((claim.seq, claim.token) for claim, _ in request.ended)}
-        unknown = [seq for seq, _ in snapshot.runs.keys() - known]
+        unknown = [seq for seq, _ in snapshot.runs.keys() - known - self._aside]
         if not unknown:
             return
         condition = SqlCondition("worker = %s AND seq IN %s",
@@ -5504,7 +5674,11 @@ class TurnTaker:
         jobs = self.database.read(lambda cursor: read_processing(
             cursor, self.settings, "PRIMARY", condition))
         handed_back = RunOutcome(Reason.HANDED_BACK)
-        self._settle_now([(job.claim, handed_back) for job in jobs])
+        for job in jobs:
+            try:
+                self._settle_now([(job.claim, handed_back)])
+            except RowRefused:
+                self._aside.add((job.claim.seq, job.claim.token))
 
 
 # ---- queries -----------------------------------------------------------------

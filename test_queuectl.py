@@ -1776,6 +1776,38 @@ class ConnectionTest(QueueCase):
         self.assertEqual(writer.wait(20), 0, writer.said())
         self.assert_state("patient", State.PENDING)
 
+    def test_a_server_s_own_defaults_forbid_nothing_that_the_queue_does(self) -> None:
+        read_only = "transaction_read_only"
+        if not self.sql(f"SHOW VARIABLES LIKE '{read_only}'"):
+            read_only = "tx_read_only"
+        for name, value in (
+            ("sql_safe_updates", 1),
+            ("max_join_size", 1),
+            ("sql_select_limit", 1),
+            ("autocommit", 0),
+            ("completion_type", 2),
+            (read_only, 1),
+        ):
+            [(before,)] = self.sql(f"SELECT @@GLOBAL.{name}")
+            self.addCleanup(self.sql, f"SET GLOBAL {name} = %s", before)
+            self.sql(f"SET GLOBAL {name} = %s", value)
+        for name in ("a", "b", "c"):
+            self.enqueue("true", id=name)
+        self.queuectl("enqueue", "--after", "a", "-c", "true")
+        self.queuectl("cancel", "c")
+        self.drain("--count", "2")
+        self.assertEqual(len(self.queuectl("list", "--json").splitlines()), 4)
+
+    def test_an_error_that_nobody_foresaw_is_one_line_with_code_and_text(self) -> None:
+        self.addCleanup(self.sql, "DROP TRIGGER queuectl_strange")
+        self.sql(
+            "CREATE TRIGGER queuectl_strange BEFORE INSERT ON jobs FOR EACH ROW "
+            "SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = 4999, MESSAGE_TEXT = 'odd'"
+        )
+        self.queuectl("enqueue", "-c", "true", status=69)
+        self.assertRegex(self.errors, "^queuectl: the server did not do it .*4999, odd")
+        self.assertNotIn("unknown whether", self.errors)
+
     def test_the_set_up_that_is_missing_is_named_and_the_password_is_not(self) -> None:
         self.queuectl("list", status=69, DB_NAME="queuectl_absent")
         self.assertIn("run: queuectl db init", self.errors)
@@ -5299,7 +5331,7 @@ class Outages(WorkCase):
             self.assertRegex(told[1], r"the database is back after 1 m [23]\d s")
 
     locked_s = 3.2  # longer than the lease
-    locks = (
+    locks: Sequence[str] = (
         f"LOCK TABLES {', '.join(f'{table} READ' for table in TABLES)}",
         "FLUSH TABLES WITH READ LOCK",
     )
@@ -8125,6 +8157,57 @@ class Messages(WorkCase):
                 "(DB_HOST), or have an administrator allow this folder",
             ),
         )
+
+
+class Vetoes(WorkCase):
+    """Rows that the server refuses to write, as a trigger of somebody may."""
+
+    def veto(self, event: str, condition: str) -> None:
+        """Have a trigger refuse such rows."""
+        name = f"veto_{secrets.token_hex(4)}"
+        self.addCleanup(self.sql, f"DROP TRIGGER {name}")
+        self.sql(
+            f"CREATE TRIGGER {name} BEFORE {event} FOR EACH ROW IF {condition} THEN "
+            "SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'vetoed'; END IF"
+        )
+
+    def test_one_row_that_takes_nothing_stops_nobody(self) -> None:
+        self.veto("UPDATE ON jobs", "NEW.id LIKE 'bad%%'")
+        for name in ("bad1", "bad2"):
+            self.put("true", id=name)
+        self.put("true", id="bad3", state="scheduled")
+        worker = self.worker("--count", "2")
+        self.put_many(20, "true")
+        self.wait_ended(20)
+        self.assertEqual(self.counts(), {"completed": 20, "pending": 2, "scheduled": 1})
+        self.assertIn("vetoed (1644)", worker.said())
+        self.assertNotIn("Traceback", worker.said())
+        worker.signal(signal.SIGTERM)
+        self.assertEqual(worker.wait(), 0)
+
+    def test_a_job_that_may_not_run_is_dead_and_the_reason_is_refused(self) -> None:
+        self.veto("UPDATE ON jobs", "NEW.id = 'bad' AND NEW.state = 'processing'")
+        self.put("true", id="bad")
+        self.put_many(5, "true")
+        self.drain("--count", "2")
+        self.assertEqual(self.job("bad", "state", "reason"), ("dead", "refused"))
+        self.assertEqual(self.counts(), {"completed": 5, "dead": 1})
+        self.assertEqual(self.sql("SELECT id, reason FROM dlq"), [("bad", "refused")])
+
+    def test_a_job_whose_result_is_refused_is_dead_and_others_are_settled(self) -> None:
+        self.veto("INSERT ON runs", "NEW.exit_code = 3")
+        self.put("exit 3", id="bad", max_retries=2)
+        self.put_many(5, "true")
+        worker = self.worker("--count", "2")
+        self.wait_state("bad", State.DEAD)
+        self.wait_ended(5)
+        self.assertEqual(self.job("bad", "reason", "runs"), ("refused", 1))
+        self.assertIn("job bad is dead: its result was refused: vetoed", worker.said())
+
+    def test_a_person_reads_who_vetoed_a_job_in_one_line(self) -> None:
+        self.veto("INSERT ON jobs", "NEW.command = 'bad'")
+        self.queuectl("enqueue", "-c", "bad", status=2)
+        self.assertIn("the server refused a job: vetoed\n", self.errors)
 
 
 class CommandsTest(WorkCase):
