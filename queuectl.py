@@ -7770,6 +7770,8 @@ class RunTable:
         # By pid; also those that are being ended.
         self.running: dict[int, RunningJob] = {}
         self.results = Results()
+        # What ran when we were declared lost, and is not gone yet.
+        self._lost: list[RunningJob] = []
         self._settings = options.settings
         self._say = options.say
         self._context = context
@@ -7801,6 +7803,10 @@ class RunTable:
         claims = self.claims()
         # A job that seems to kill its workers shall take no other run with it.
         if any(claim.alone for claim in claims):
+            return 0
+        # What we lost is pending again, maybe for us: it must not start beside
+        # its old run, which we still end.
+        if self._lost:
             return 0
         short_at = self._timers.host_short_at
         if now < short_at + SHORT_PAUSE_S:
@@ -7934,6 +7940,10 @@ class RunTable:
         """Takes down how a run ended; the next turn writes it."""
         self._hang_up(process)
         self._context.registry.strike(process.run_tag)
+        if process in self._lost:
+            self._lost.remove(process)
+            # With the last of them we may claim again.
+            self._timers.look_within(0.0)
         # What is lost has been settled already, by who declared us lost.
         if process.cause is Reason.LOST:
             return
@@ -7958,6 +7968,7 @@ class RunTable:
     def drop_lost(self) -> None:
         """Ends what runs, and forgets the rest: all this is others' by now."""
         self.end_all(Reason.LOST)
+        self._lost = list(self.running.values())
         self.claimed.clear()
         self.results = Results()
 
