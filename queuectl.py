@@ -7267,14 +7267,17 @@ class OrphanedRuns:
         self._kill_at = kill_at
         return left
 
-    def end_all(self, run_tags: Iterable[str], grace_s: float,
+    def end_all(self, run_tags: Sequence[str], grace_s: float,
                 kill_wait_s: float = KILL_WAIT_S) -> dict[str, int]:
         """Ends these runs; returns those that go on, each with a process of it.
 
         It waits for them as long as `grace_s`, and `kill_wait_s` more: what
         had as long as that in an earlier call is not waited for.
         """
-        left = self.end(run_tags, grace_s)
+        left = {}
+        # A pass over /proc has its price.
+        if run_tags:
+            left = self.end(run_tags, grace_s)
         while left:
             until = max(self._kill_at.values()) + kill_wait_s
             if time.monotonic() >= until:
@@ -8428,7 +8431,7 @@ class Membership:
             dead[worker] = [*known, *(set(run_tags) - set(known))]
         # With the wait for KILL it is a quarter of our lease at most.
         left = self._orphaned.end_all(
-            itertools.chain.from_iterable(dead.values()),
+            [*itertools.chain.from_iterable(dead.values())],
             settings.orphan_grace_s, settings.lease_s / 20)
         notes = []
         before, self._surviving = self._surviving, {}
@@ -8617,6 +8620,8 @@ class RunTable:
         # By pid, until it is reaped: the next shell may get the same number.
         self._shells: dict[int, RunningJob] = {}
         self.results = Results()
+        # What ran when we were declared lost, and is not gone yet.
+        self._lost: list[RunningJob] = []
         self._settings = options.settings
         self._say = options.say
         self._context = context
@@ -8648,6 +8653,10 @@ class RunTable:
         claims = self.claims()
         # A job that seems to kill its workers shall take no other run with it.
         if any(claim.alone for claim in claims):
+            return 0
+        # What we lost is pending again, maybe for us: it must not start beside
+        # its old run, which we still end.
+        if self._lost:
             return 0
         short_at = self._timers.host_short_at
         if now < short_at + SHORT_PAUSE_S:
@@ -8792,6 +8801,10 @@ class RunTable:
         """Takes down how a run ended; the next turn writes it."""
         self._hang_up(process)
         self._context.registry.strike(process.run_tag)
+        if process in self._lost:
+            self._lost.remove(process)
+            # With the last of them we may claim again.
+            self._timers.look_within(0.0)
         # What is lost has been settled already, by who declared us lost.
         if process.cause is Reason.LOST:
             return
@@ -8820,6 +8833,7 @@ class RunTable:
     def drop_lost(self) -> None:
         """Ends what runs, and forgets the rest: all this is others' by now."""
         self.end_all(Reason.LOST)
+        self._lost = list(self.running.values())
         self.claimed.clear()
         self.results = Results()
 
@@ -9708,19 +9722,25 @@ class Supervisor:
     # -- when a worker has ended
 
     def _reap(self) -> None:
+        """Acts on the ends of workers, of all that have ended together."""
+        orphaned: list[str] = []
         for pid, status in reap():
             for child in self._children:
                 if child.pid == pid:
                     child.pid = 0
-                    self._on_end(child, status)
+                    orphaned += self._on_end(child, status)
+        self._end_orphaned(orphaned)
 
-    def _on_end(self, child: ChildProcess, status: int) -> None:
-        """Tells a worker that is over from a crash, which we make good."""
+    def _on_end(self, child: ChildProcess, status: int) -> list[str]:
+        """Tells a worker that is over from a crash, which we make good.
+
+        Returns the tags of what we must end ourselves.
+        """
         # With status 1 it is unable to go on, and another would be no better.
         told = self.stopping or self.options.drain
         if status == 1 or (status == 0 and told):
             self._on_over(child, status)
-            return
+            return []
         worker, _, run_tags = child.registry.read()
         how = f"exit status {status}"
         if status < 0:
@@ -9729,10 +9749,10 @@ class Supervisor:
         self.options.say(f"worker process of {who} ended: {how}")
         if self.stopping:
             # Nobody comes after it who would end its runs.
-            OrphanedRuns().end_all(run_tags, self._kill_grace())
             self.status = 1
-        else:
-            self._replace(child)
+            return run_tags
+        self._replace(child)
+        return []
 
     def _on_over(self, child: ChildProcess, status: int) -> None:
         """Keeps a worker's status; once all are over, so are we."""
@@ -9771,8 +9791,15 @@ class Supervisor:
             for _, run_tags in child.inherited:
                 orphaned.extend(run_tags)
         if orphaned:
-            OrphanedRuns().end_all(orphaned, self._kill_grace())
             self.status = 1
+            self._end_orphaned(orphaned)
+
+    def _end_orphaned(self, run_tags: Sequence[str]) -> None:
+        """Ends these runs, all of them together, and says what does not end."""
+        left = OrphanedRuns().end_all(run_tags, self._kill_grace())
+        if left:
+            pids = ", ".join(str(pid) for pid in sorted(left.values()))
+            self.options.say(f"process {pids} does not end, not even by KILL")
 
     def _kill_grace(self) -> float:
         """Returns the longest kill_grace that we or a worker know of, in seconds."""

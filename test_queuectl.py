@@ -5055,6 +5055,23 @@ class Crashes(WorkCase):
         later = self.put("true")
         self.wait_state(later, State.COMPLETED)
 
+    def test_a_lost_worker_claims_nothing_until_its_old_runs_are_gone(self) -> None:
+        deaf = "trap 'echo >> told' TERM; while :; do sleep 1; done"
+        job = self.put(BOOKED + f"if {FIRST}; then {deaf}; fi", timeout=0.6)
+        worker = self.worker("--count", "4")
+        self.wait_lines("told", 1)  # by its time limit
+        [(lost, pid)] = self.sql(
+            "SELECT id, pid FROM workers WHERE id IN (SELECT worker FROM jobs)"
+        )
+        for sibling in set(worker.children()) - {pid}:
+            os.kill(sibling, signal.SIGSTOP)  # it would be free to claim the job
+        settings = queuectl.Settings()
+        queuectl.take_over(self.reach(), settings, str(lost), -1)
+        self.wait_state(job, State.COMPLETED)
+        self.assertIn("declared lost", worker.said())
+        self.assertEqual(self.reasons(job), ["lost", "exit"])
+        self.assertEqual(self.lines("overlaps"), [])
+
     def test_a_worker_stopped_between_claim_and_start_does_not_start(self) -> None:
         self.environment["QUEUECTL_WORKER_TIMEOUT"] = "2"
         proxy = StoppingProxy(self.server.socket)
