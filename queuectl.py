@@ -59,7 +59,6 @@ import queue
 import random
 import re
 import secrets
-import select
 import selectors
 import shlex
 import shutil
@@ -8656,9 +8655,13 @@ class Supervisor:
         wake, _ = catch_signals()
         ready = self._ready.read_end
         announced = False
+        # Unlike the default one it is no descriptor, which a fork would share.
+        selector = selectors.PollSelector()
+        for handle in (wake, ready):
+            selector.register(handle, selectors.EVENT_READ)
         while not self._all_ended():
             wait_s = self._spawn_missing()
-            readable, _, _ = select.select([wake, ready], [], [], wait_s)
+            readable = {key.fd for key, _ in selector.select(wait_s)}
             if wake in readable:
                 for number in os.read(wake, 4096):
                     self._handle_signal(number)
@@ -8975,7 +8978,9 @@ def _await_ready(pid: int, handle: int, log_file: str) -> None:
 
     If the pipe closes or nothing comes in time, it raises a Problem.
     """
-    readable, _, _ = select.select([handle], [], [], READY_WAIT_S)
+    with selectors.DefaultSelector() as selector:
+        selector.register(handle, selectors.EVENT_READ)
+        readable = selector.select(READY_WAIT_S)
     # The pipe of a daemon that died is readable too, but empty.
     if readable and os.read(handle, 1):
         return

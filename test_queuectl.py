@@ -24,6 +24,7 @@ import os
 import pty
 import random
 import re
+import resource
 import secrets
 import selectors
 import shlex
@@ -4381,6 +4382,30 @@ class StopAndReload(WorkCase):
         trace = "Traceback (most recent call last):"
         self.assertEqual(said, ["parent", "child", trace, "70"])
         self.assertIn(b"ZeroDivisionError", done.stderr)
+
+    def test_workers_start_beyond_descriptor_1023(self) -> None:
+        crowd = (
+            "import os, resource, sys; limit = resource.RLIMIT_NOFILE; "
+            "hard = resource.getrlimit(limit)[1]; "
+            "resource.setrlimit(limit, (hard, hard)); "
+            "[os.dup2(0, n) for n in range(3, 1030)]; "
+            "os.execv(sys.argv[1], sys.argv[1:])"
+        )
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        if hard < 2048:
+            self.skipTest(f"no more than {hard} descriptors")
+        wrap = (sys.executable, "-c", crowd)
+        worker = self.worker_under(*wrap)
+        self.wait_state(self.put("ls /proc/self/fd"), State.COMPLETED)
+        self.assertEqual(self.sql("SELECT output FROM runs"), [(b"0\n1\n2\n3\n",)])
+        worker.signal(signal.SIGTERM)
+        self.assertEqual(worker.wait(), 0)
+        daemon = [*wrap, sys.executable, SCRIPT, "worker", "start", "--daemon"]
+        done = subprocess.run(
+            daemon, cwd=self.folder, env=self.environment, capture_output=True
+        )
+        self.queuectl("worker", "stop", "--now")
+        self.assertIn(b"worker daemon started", done.stderr)
 
     def test_stop_lets_a_running_job_end(self) -> None:
         job = self.put("echo > started; sleep 1; echo ended")
