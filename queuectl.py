@@ -6640,6 +6640,15 @@ class JobSpawner:
         host = socket.gethostname()
         return f"cannot change into {folder}: {why}, on {host}"
 
+def check_spawning() -> None:
+    """Raises a Problem where this Python cannot start jobs, as PyPy cannot."""
+    if not hasattr(os, "posix_spawn"):
+        raise Problem(
+            f"this Python ({sys.executable}) cannot start jobs: it has no "
+            "posix_spawn",
+            "run workers by CPython, 3.9 or later",
+            UNAVAILABLE)
+
 def _unmistakable(folder: bytes) -> bytes:
     """Returns the path as `cd` takes it for a path, and looks nowhere else.
 
@@ -10881,6 +10890,7 @@ def worker_start(args: argparse.Namespace) -> int:
 
     Ctrl-C or TERM lets running jobs end; a second one ends them and hands them back.
     """
+    check_spawning()
     environment = Environment.read()
     target = find_connection(environment)
     queues = _served_queues(args.queue or [])
@@ -11688,9 +11698,24 @@ def print_version() -> None:
         f"queuectl {VERSION}, schema {SCHEMA_VERSION}, "
         f"PyMySQL {driver_version()}, Python {python}")
 
+OLDEST_PYTHON = (3, 9)
+
+def check_python() -> None:
+    """Raises a Problem where Python is too old.
+
+    An older one than 3.8 does not even compile the file.
+    """
+    if sys.version_info[:2] < OLDEST_PYTHON:
+        version, *_ = sys.version.split()
+        raise Problem(
+            f"needs Python 3.9 or later; {sys.executable} is {version}",
+            "run it by a newer one: python3.11 queuectl.py",
+            UNAVAILABLE)
+
 def main() -> int:
     """Runs the command line; says what went wrong, and returns the status."""
     try:
+        check_python()
         use_own_environment()
         status = run(sys.argv[1:])
         # What is still buffered must fail here, not while Python exits.

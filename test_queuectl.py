@@ -6525,6 +6525,31 @@ class Messages(WorkCase):
         self.queuectl(*argv, status=status, **variables)
         self.assertEqual(self.errors, f"queuectl: {text}\n")
 
+    def test_a_python_that_cannot_do_it_is_told_before_anything_is_claimed(
+        self,
+    ) -> None:
+        # An older one must still be able to read the file.
+        ast.parse(read_file("queuectl.py"), feature_version=(3, 8))
+        job = self.put("true")
+        run = "import runpy; sys.argv[1:] = ['worker', 'start', '--drain']; "
+        run += f"runpy.run_path({SCRIPT!r}, run_name='__main__')"
+        for lack, told in (
+            ("import sys; sys.version_info = (3, 8, 18, 'final', 0); ", "Python 3.9"),
+            ("import os, sys; del os.posix_spawn; ", "no posix_spawn"),
+        ):
+            done = subprocess.run(
+                [sys.executable, "-B", "-c", lack + run],
+                cwd=self.folder,
+                env=self.environment,
+                capture_output=True,
+                check=False,
+            )
+            self.assertEqual(done.returncode, 69)
+            first, *rest = done.stderr.decode().splitlines()
+            self.assertIn(told, first)
+            self.assertEqual(len(rest), 1, rest)
+        self.assert_state(job, State.PENDING)
+
     def test_the_set_up(self) -> None:
         here = f"{self.server.socket} (from environment)"
         self.queuectl("list", status=69, DB_NAME="queuectl_absent")
