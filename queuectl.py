@@ -59,7 +59,6 @@ import queue
 import random
 import re
 import secrets
-import select
 import selectors
 import shlex
 import shutil
@@ -72,6 +71,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from dataclasses import dataclass
 from typing import (
     IO, TYPE_CHECKING, Callable, Collection, Generic, Iterable, Iterator, List,
@@ -7554,6 +7554,15 @@ class JobSpawner:
         host = socket.gethostname()
         return f"cannot change into {folder}: {why}, on {host}"
 
+def check_spawning() -> None:
+    """Raises a Problem where this Python cannot start jobs, as PyPy cannot."""
+    if not hasattr(os, "posix_spawn"):
+        raise Problem(
+            f"this Python ({sys.executable}) cannot start jobs: it has no "
+            "posix_spawn",
+            "run workers by CPython, 3.9 or later",
+            UNAVAILABLE)
+
 def _unmistakable(folder: bytes) -> bytes:
     """Returns the path as `cd` takes it for a path, and looks nowhere else.
 
@@ -8082,7 +8091,8 @@ class WorkerOptions:
     drain: bool
     grace_s: float | None
     verbose: bool  # whether a job that completed is worth a line
-    say: Callable[[str], None]
+    say: Callable[[str], None]  # never waits
+    finish_log: Thunk  # waits for a moment until all that was said is written
 
 class WorkerContext(NamedTuple):
     """One worker process's place among those of its supervisor."""
@@ -9257,24 +9267,91 @@ def settlement_line(settlement: Settlement) -> str:
 
 # A log beyond this size is renamed, and a new one begins.
 LOG_BYTES_MAX = 10 << 20
+# So many lines wait to be written, in each process. More of them come only
+# where nobody takes them: a pager, a full tee, a disk that hangs.
+LOG_LINES_MAX = 1000
+# How long a process that ends waits for its last lines to be taken.
+LOG_FINISH_S = 1.0
 
 class Log:
     """Lines on standard error, each with its time and the writer's PID.
 
     Given a path, standard output and error go to that file. It grows to about
     10 MB and is then renamed to `.1`, in the place of the one before.
+
+    Each process that says something has a thread that writes it, so that
+    nobody who says it ever waits for whoever reads it.
     """
     def __init__(self, path: str = "") -> None:
+        """Opens the file if one is given."""
         self.path = path
+        self._begin()
+        # A fork takes no thread along. What waits is its parent's to write.
+        os.register_at_fork(after_in_child=self._begin)
         if path:
             self._open()
 
+    def _begin(self) -> None:
+        """Begins anew, with nothing said and no thread to write it."""
+        self._lines: list[str] = []
+        self._left_out = 0  # how many did not fit
+        self._started = False  # there is a thread
+        self._writing = False  # it has lines that it has not written yet
+        self._changed = threading.Condition()
+
     def say(self, text: str) -> None:
+        """Has a line written soon; it is counted instead if too many wait."""
+        line = _log_line(text)
+        with self._changed:
+            if len(self._lines) < LOG_LINES_MAX:
+                self._lines.append(line)
+            else:
+                self._left_out += 1
+            self._changed.notify_all()
+            if not self._started:
+                self._start()
+
+    def finish(self) -> None:
+        """Returns once all was written, or has waited for long enough."""
+        with self._changed:
+            self._changed.wait_for(self._is_written, LOG_FINISH_S)
+
+    def _is_written(self) -> bool:
+        return not self._lines and not self._writing
+
+    def _start(self) -> None:
+        """Starts the thread; where the host has none to spare, the next line does."""
+        thread = threading.Thread(target=self._write_lines, daemon=True)
+        with contextlib.suppress(RuntimeError):
+            thread.start()
+            self._started = True
+
+    def _write_lines(self) -> None:
+        """Writes what is said, for ever; this is the thread."""
+        # Signals are for the loop; here they would only interrupt a write.
+        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+        while True:
+            for line in self._next_lines():
+                self._write(line)
+
+    def _next_lines(self) -> list[str]:
+        """Returns all that waits, once something does."""
+        with self._changed:
+            self._writing = False
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._lines)
+            lines = self._lines
+            if self._left_out:
+                text = (f"{self._left_out} lines are missing here: nobody "
+                        "took them in time")
+                lines.append(_log_line(text))
+            self._lines = []
+            self._left_out = 0
+            self._writing = True
+            return lines
+
+    def _write(self, line: str) -> None:
         """Writes a line; a log that cannot be written is passed over."""
-        now = datetime.datetime.now(datetime.timezone.utc)
-        stamp = say_time(now.replace(tzinfo=None))
-        printable = text.translate(MULTILINE)
-        line = f"{stamp} [{os.getpid()}] {printable}\n"
         # A full disk must not end the work.
         with contextlib.suppress(OSError):
             if self.path:
@@ -9306,6 +9383,13 @@ class Log:
                     os.rename(self.path, self.path + ".1")
         if not _same_file(2, self.path):
             self._open()
+
+def _log_line(text: str) -> str:
+    """Returns a line of the log, of what is said at this moment."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    stamp = say_time(now.replace(tzinfo=None))
+    printable = text.translate(MULTILINE)
+    return f"{stamp} [{os.getpid()}] {printable}\n"
 
 def _same_file(handle: int, path: str) -> bool:
     """Returns whether the path still names the file that is open."""
@@ -9457,9 +9541,14 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 # What a child exits with that an exception ended: EX_SOFTWARE of sysexits.h.
 CHILD_FAILED = 70
 
-def fork_child(work: Callable[[], int], say: Callable[[str], None]) -> int:
+def fork_child(work: Callable[[], int], say: Callable[[str], None],
+               finish_log: Thunk) -> int:
     """Returns the PID of a child that does `work` and exits with its status."""
-    pid = os.fork()
+    with warnings.catch_warnings():
+        # From Python 3.12 on it warns where there are threads. Ours writes the
+        # log, and the child begins one of its own.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
     if pid:
         return pid
     status = CHILD_FAILED
@@ -9469,7 +9558,10 @@ def fork_child(work: Callable[[], int], say: Callable[[str], None]) -> int:
         say(traceback.format_exc())
     finally:
         # A child never returns into its parent's stack.
-        os._exit(status)
+        try:
+            finish_log()
+        finally:
+            os._exit(status)
 
 class Pipe(NamedTuple):
     """A pipe that the supervisor shares with its workers."""
@@ -9624,10 +9716,7 @@ class Supervisor:
         announced = False
         while not self._all_ended():
             wait_s = self._spawn_missing()
-            watched = [wake, ready]
-            if self._guardian.ended >= 0:
-                watched.append(self._guardian.ended)
-            readable, _, _ = select.select(watched, [], [], wait_s)
+            readable = self._wait_for(wake, ready, wait_s)
             if self._guardian.ended in readable:
                 self.options.say("the guardian has ended: starting another")
                 self._guardian.plan()
@@ -9646,6 +9735,17 @@ class Supervisor:
         if self.stop_signal:
             return 128 + self.stop_signal
         return self.status
+
+    def _wait_for(self, wake: int, ready: int, wait_s: float | None) -> set[int]:
+        """Returns which descriptors can be read, after `wait_s` at most."""
+        # Unlike the default one it is no descriptor, which a fork would share.
+        selector = selectors.PollSelector()
+        for handle in (wake, ready):
+            selector.register(handle, selectors.EVENT_READ)
+        # The guardian's is another one after each of its deaths.
+        if self._guardian.ended >= 0:
+            selector.register(self._guardian.ended, selectors.EVENT_READ)
+        return {key.fd for key, _ in selector.select(wait_s)}
 
     def _all_ended(self) -> bool:
         """Returns whether we are stopping and no worker is left."""
@@ -9688,7 +9788,8 @@ class Supervisor:
         # what reached it there would reach us.
         signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
         try:
-            child.pid = fork_child(work, self.options.say)
+            child.pid = fork_child(work, self.options.say,
+                                   self.options.finish_log)
             child.started = time.monotonic()
         except OSError as error:
             self.options.say(f"cannot start a worker process: {error.strerror}")
@@ -9912,6 +10013,7 @@ def _run_supervisor(options: WorkerOptions, count: int,
         return supervisor.run(announce)
     finally:
         options.say("stopped")
+        options.finish_log()
         if pid_file:
             pid_file.remove()
 
@@ -9933,13 +10035,15 @@ def _start_daemon(options: WorkerOptions, count: int,
     pipe = Pipe(*os.pipe())
 
     def run_daemon() -> int:
+        """Is the daemon; returns its exit status."""
         os.close(pipe.read_end)
         _leave_terminal()
-        say = Log(log_file).say
-        quiet = dataclasses.replace(options, say=say, verbose=False)
+        log = Log(log_file)
+        quiet = dataclasses.replace(
+            options, say=log.say, finish_log=log.finish, verbose=False)
         return _run_supervisor(quiet, count, pid_file, pipe.write_end)
 
-    pid = fork_child(run_daemon, options.say)
+    pid = fork_child(run_daemon, options.say, options.finish_log)
     # Our copies: the pipe must close when the daemon dies, and the daemon
     # alone must hold the lock.
     os.close(pipe.write_end)
@@ -9972,7 +10076,9 @@ def _await_ready(pid: int, handle: int, log_file: str) -> None:
 
     If the pipe closes or nothing comes in time, it raises a Problem.
     """
-    readable, _, _ = select.select([handle], [], [], READY_WAIT_S)
+    with selectors.DefaultSelector() as selector:
+        selector.register(handle, selectors.EVENT_READ)
+        readable = selector.select(READY_WAIT_S)
     # The pipe of a daemon that died is readable too, but empty.
     if readable and os.read(handle, 1):
         return
@@ -11972,6 +12078,7 @@ def worker_start(args: argparse.Namespace) -> int:
 
     Ctrl-C or TERM lets running jobs end; a second one ends them and hands them back.
     """
+    check_spawning()
     environment = Environment.read()
     target = find_connection(environment)
     queues = _served_queues(args.queue or [])
@@ -11980,6 +12087,7 @@ def worker_start(args: argparse.Namespace) -> int:
         notice(f"warning: {complaint}")
     # A key file that cannot be read is found now, not by the first job.
     signing_key()
+    log = Log()
     options = WorkerOptions(
         target,
         environment,
@@ -11988,7 +12096,8 @@ def worker_start(args: argparse.Namespace) -> int:
         args.drain,
         args.grace,
         sys.stderr.isatty(),
-        Log().say)
+        log.say,
+        log.finish)
     pid_file, log_file = _daemon_files(args, environment)
     return run_workers(options, args.count, pid_file, log_file)
 
@@ -12781,9 +12890,24 @@ def print_version() -> None:
         f"queuectl {VERSION}, schema {SCHEMA_VERSION}, "
         f"PyMySQL {driver_version()}, Python {python}")
 
+OLDEST_PYTHON = (3, 9)
+
+def check_python() -> None:
+    """Raises a Problem where Python is too old.
+
+    An older one than 3.8 does not even compile the file.
+    """
+    if sys.version_info[:2] < OLDEST_PYTHON:
+        version, *_ = sys.version.split()
+        raise Problem(
+            f"needs Python 3.9 or later; {sys.executable} is {version}",
+            "run it by a newer one: python3.11 queuectl.py",
+            UNAVAILABLE)
+
 def main() -> int:
     """Runs the command line; says what went wrong, and returns the status."""
     try:
+        check_python()
         use_own_environment()
         status = run(sys.argv[1:])
         # What is still buffered must fail here, not while Python exits.

@@ -4551,6 +4551,85 @@ class StopAndReload(WorkCase):
             for process in (one, two):
                 process.communicate()
 
+    def test_a_log_that_nobody_reads_holds_up_no_job_and_no_stop(self) -> None:
+        read_end, write_end = os.pipe()
+        set_pipe_size = 1031  # fcntl.F_SETPIPE_SZ, from Python 3.10 on
+        fcntl.fcntl(write_end, set_pipe_size, 4096)
+        os.write(write_end, b"-" * 4096)
+        process = subprocess.Popen(
+            [sys.executable, SCRIPT, "worker", "start", "--count", "4"],
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            stdout=write_end,
+            stderr=write_end,
+            start_new_session=True,
+            env=self.environment,
+        )
+        self.addCleanup(self.end, Background(process, ""))
+        os.close(write_end)
+        self.put_many(40, "exit 3", max_retries=0)
+        self.wait_until(lambda: self.counts() == {"dead": 40}, "all have run", 10)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(5), 0)
+        self.assertEqual(self.sql("SELECT id FROM workers"), [])
+        os.close(read_end)
+
+    def test_a_log_says_how_many_lines_it_could_not_take(self) -> None:
+        text = "import os, sys; sys.path[0] = sys.argv[1]; import queuectl; "
+        text += "log = queuectl.Log(); [log.say(f'n{n}') for n in range(5000)]; "
+        text += "print('said', flush=True); sys.stdin.read(); log.finish()"
+        argv = [sys.executable, "-B", "-c", text, HERE]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+            assert process.stdin and process.stdout and process.stderr
+            self.assertEqual(process.stdout.readline(), b"said\n")
+            process.stdin.close()
+            lines = process.stderr.read().decode().splitlines()
+        numbers = [int(line.partition("] n")[2]) for line in lines if "] n" in line]
+        missing = [int(line.split()[2]) for line in lines if "missing" in line]
+        self.assertEqual(numbers, sorted(numbers))
+        self.assertEqual(len(numbers) + sum(missing), 5000)
+        self.assertTrue(missing)
+        self.assertEqual(process.returncode, 0)
+
+    def test_what_a_forked_process_says_last_is_written_before_it_ends(self) -> None:
+        text = "import os, sys; sys.path[0] = sys.argv[1]; import queuectl; "
+        text += "log = queuectl.Log(); log.say('parent'); "
+        text += "work = lambda: log.say('child') or 1 / 0; "
+        text += "pid = queuectl.fork_child(work, log.say, log.finish); "
+        text += "_, status = os.waitpid(pid, 0); "
+        text += "log.say(f'{status >> 8}'); log.finish()"
+        argv = [sys.executable, "-B", "-c", text, HERE]
+        done = subprocess.run(argv, capture_output=True, check=True)
+        said = re.findall(r"(?m)^\S+Z \[\d+\] (.*)", done.stderr.decode())
+        trace = "Traceback (most recent call last):"
+        self.assertEqual(said, ["parent", "child", trace, "70"])
+        self.assertIn(b"ZeroDivisionError", done.stderr)
+
+    def test_workers_start_beyond_descriptor_1023(self) -> None:
+        crowd = (
+            "import os, resource, sys; limit = resource.RLIMIT_NOFILE; "
+            "hard = resource.getrlimit(limit)[1]; "
+            "resource.setrlimit(limit, (hard, hard)); "
+            "[os.dup2(0, n) for n in range(3, 1030)]; "
+            "os.execv(sys.argv[1], sys.argv[1:])"
+        )
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        if hard < 2048:
+            self.skipTest(f"no more than {hard} descriptors")
+        wrap = (sys.executable, "-c", crowd)
+        worker = self.worker_under(*wrap)
+        self.wait_state(self.put("ls /proc/self/fd"), State.COMPLETED)
+        self.assertEqual(self.sql("SELECT output FROM runs"), [(b"0\n1\n2\n3\n",)])
+        worker.signal(signal.SIGTERM)
+        self.assertEqual(worker.wait(), 0)
+        daemon = [*wrap, sys.executable, SCRIPT, "worker", "start", "--daemon"]
+        done = subprocess.run(
+            daemon, cwd=self.folder, env=self.environment, capture_output=True
+        )
+        self.queuectl("worker", "stop", "--now")
+        self.assertIn(b"worker daemon started", done.stderr)
+
     def test_stop_lets_a_running_job_end(self) -> None:
         job = self.put("echo > started; sleep 1; echo ended")
         later = self.put("true")
@@ -8038,6 +8117,31 @@ class Messages(WorkCase):
     def assert_said(self, text: str, *argv: str, status: int, **variables: str) -> None:
         self.queuectl(*argv, status=status, **variables)
         self.assertEqual(self.errors, f"queuectl: {text}\n")
+
+    def test_a_python_that_cannot_do_it_is_told_before_anything_is_claimed(
+        self,
+    ) -> None:
+        # An older one must still be able to read the file.
+        ast.parse(read_file("queuectl.py"), feature_version=(3, 8))
+        job = self.put("true")
+        run = "import runpy; sys.argv[1:] = ['worker', 'start', '--drain']; "
+        run += f"runpy.run_path({SCRIPT!r}, run_name='__main__')"
+        for lack, told in (
+            ("import sys; sys.version_info = (3, 8, 18, 'final', 0); ", "Python 3.9"),
+            ("import os, sys; del os.posix_spawn; ", "no posix_spawn"),
+        ):
+            done = subprocess.run(
+                [sys.executable, "-B", "-c", lack + run],
+                cwd=self.folder,
+                env=self.environment,
+                capture_output=True,
+                check=False,
+            )
+            self.assertEqual(done.returncode, 69)
+            first, *rest = done.stderr.decode().splitlines()
+            self.assertIn(told, first)
+            self.assertEqual(len(rest), 1, rest)
+        self.assert_state(job, State.PENDING)
 
     def test_the_set_up(self) -> None:
         here = f"{self.server.socket} (from environment)"
