@@ -4579,6 +4579,7 @@ class TurnRequest:
     free: int = 0  # how many jobs it may claim
     look: bool = False  # for cancellations, settings, due jobs and new queues
     detect: bool = False  # raise the heartbeat in any case, and look for lost workers
+    all_runs: bool = False  # look at the runs of all workers, not at our own alone
     drain: bool = False  # say whether anything is left to run
     state: str = "running"
 
@@ -4586,7 +4587,9 @@ class TurnRequest:
 class QueueSnapshot:
     """What a worker reads when it looks around."""
     config: dict[str, str]
-    runs: dict[tuple[int, str], bool]  # ours, and whether each is to be cancelled
+    # Ours, and whether each is to be cancelled: of those that we know of, or,
+    # where all runs were looked at, of all.
+    runs: dict[tuple[int, str], bool]
     others_cancelled: bool  # a run of another worker is to be cancelled
     waiting: bool  # there are pending jobs
     due_s: float  # until the next scheduled or failed job is due
@@ -4616,7 +4619,8 @@ class TurnResult:
 # values of it.
 #   config     a setting's key and its value
 #   run        token and seq of a run of ours, and 1 if it is to be cancelled
-#   cancelled  the same of another worker's run that is to be cancelled
+#   cancelled  the same of another worker's run that is to be cancelled; only
+#              where all runs are looked at
 #   waiting    there is a pending job that we serve
 #   due        microseconds until a scheduled, or a failed, job is due
 SNAPSHOT_SQL = """
@@ -4625,8 +4629,8 @@ SELECT 'config' AS what, CAST(`key` AS CHAR) AS one, CAST(value AS CHAR) AS two,
 UNION ALL
 SELECT IF(worker = %s, 'run', 'cancelled'), CAST(token AS CHAR), CAST(seq AS CHAR),
        CAST(cancel_requested_at IS NOT NULL AS CHAR)
-  FROM jobs FORCE INDEX (jobs_due)
- WHERE state = 'processing' AND (worker = %s OR cancel_requested_at IS NOT NULL)
+  FROM jobs FORCE INDEX ({index})
+ WHERE state = 'processing' AND {runs}
 UNION ALL
 (SELECT 'waiting', NULL, NULL, NULL FROM jobs FORCE INDEX (jobs_claim)
   WHERE state = 'pending' {served} LIMIT 1)
@@ -4663,15 +4667,23 @@ class SnapshotRow(NamedTuple):
     three: str
 
 def read_snapshot(cursor: Cursor, identity: WorkerIdentity,
-                  detect: bool) -> QueueSnapshot:
-    """Returns all that an idle worker wants to know, by one statement."""
-    values: list[object] = [identity.id, identity.id]
+                  request: TurnRequest) -> QueueSnapshot:
+    """Returns all that an idle worker wants to know, by one statement.
+
+    Our own runs are found by their numbers. To find more is to read the
+    processing rows of all workers: with a heartbeat, and when we were called.
+    """
+    index, runs = "PRIMARY", "seq IN %s"
+    values: list[object] = [identity.id, [0, *(seq for seq, _ in request.running)]]
+    if request.detect or request.all_runs:
+        index, runs = "jobs_due", "(worker = %s OR cancel_requested_at IS NOT NULL)"
+        values = [identity.id, identity.id]
     served = ""
     if identity.queues:
         served = "AND queue IN %s"
         values.append(identity.queues)
-    statement = SNAPSHOT_SQL.format(served=served)
-    if detect:
+    statement = SNAPSHOT_SQL.format(index=index, runs=runs, served=served)
+    if request.detect:
         statement += OTHERS_SQL
         values.append(identity.id)
     rows: dict[str, list[SnapshotRow]] = collections.defaultdict(list)
@@ -4804,7 +4816,7 @@ class TurnTaker:
         snapshot = None
         if request.look:
             snapshot = self.database.read(lambda cursor: read_snapshot(
-                cursor, self.identity, request.detect))
+                cursor, self.identity, request))
         started = time.monotonic()
         try:
             result = self._carry_out(request, snapshot)
@@ -7526,6 +7538,7 @@ class WakeCalls:
                  wake_end: int) -> None:
         """Listens to the siblings; the doorbell is made when it is first parked."""
         self.came = False  # somebody called since the last turn was asked for
+        self.rung = False  # the doorbell rang since the last look was asked for
         self.listener = context.siblings.listener(context.number)
         self.doorbell: Doorbell | None = None  # made when it is first parked
         self._options = options
@@ -7575,7 +7588,8 @@ class WakeCalls:
 
     def _on_rung(self) -> None:
         """Hears the doorbell, whose own thread calls this."""
-        # The flag before the byte: once awake, the loop must find it set.
+        # The flags before the byte: once awake, the loop must find them set.
+        self.rung = True
         self.came = True
         wake_loop(self._wake_end)
 
@@ -7862,6 +7876,10 @@ class TurnPlanner:
         if not (ended or flushes or look or called):
             return None
         detect = self._set_timers(now, look, settings)
+        # A ring may tell of a cancellation, and of a sibling's run, too.
+        all_runs = look and self._wake_calls.rung
+        if all_runs:
+            self._wake_calls.rung = False
         free = 0 if stopping else runs.free_slots(now)
         running = [(claim.seq, claim.token) for claim in runs.claims()]
         return TurnRequest(
@@ -7871,6 +7889,7 @@ class TurnPlanner:
             free=free,
             look=look,
             detect=detect,
+            all_runs=all_runs,
             drain=self._drain and not stopping,
             state="stopping" if stopping else "running")
 

@@ -3270,6 +3270,16 @@ class Doorbells(WorkCase):
         self.queuectl("cancel", job_id)
         self.wait_state(job_id, State.CANCELLED, 5)
 
+    def test_a_cancellation_reaches_every_process_of_a_supervisor(self) -> None:
+        self.idle_worker("--count", "4")
+        ids = [self.enqueue("sleep 60") for _ in range(3)]
+        for job_id in ids:
+            self.wait_state(job_id, State.PROCESSING, 5)
+        for job_id in ids:
+            self.wait_until(self.bells, "a slot is free")
+            self.queuectl("cancel", job_id)
+            self.wait_state(job_id, State.CANCELLED, 5)
+
     def test_a_full_process_leaves_the_ring_to_one_with_a_free_slot(self) -> None:
         if (os.cpu_count() or 1) < 2:
             self.skipTest("one CPU: one process")
@@ -3486,6 +3496,32 @@ class Scale(WorkCase):
         taken += sum(len(self.claim(turns, 50)) for _ in range(4))
         self.assertGreater(taken, 190)
         self.assertLess(self.questions(turns) - before, 1.5 * taken)
+
+    def test_a_look_reads_the_rows_of_other_workers_with_a_heartbeat_alone(
+        self,
+    ) -> None:
+        turns = self.turns()
+        self.put("true", id="own")
+        request = queuectl.TurnRequest(free=1)
+        [job] = turns.take(request).jobs
+        self.sql("UPDATE jobs SET cancel_requested_at = UTC_TIMESTAMP(6)")
+        self.put_many(1000, "true", state="processing", worker="other", token="x")
+        running = [(job.claim.seq, job.claim.token)]
+        read = []
+        for detect in (False, True):
+            before = self.rows_read(turns)
+            look = queuectl.TurnRequest(running=running, look=True, detect=detect)
+            snapshot = turns.take(look).snapshot
+            assert snapshot
+            self.assertEqual(snapshot.runs, {running[0]: True})
+            read.append(self.rows_read(turns) - before)
+        self.assertLess(read[0], 500)
+        self.assertGreater(read[1], 1000)
+
+    def rows_read(self, turns: queuectl.TurnTaker) -> int:
+        """How many index entries a worker's session has walked over so far."""
+        query = "SHOW SESSION STATUS LIKE 'Handler_read_next'"
+        return turns.database.rows(lambda _, count: int(count), query)[0]
 
     def test_what_ended_long_ago_goes_and_takes_its_history_along(self) -> None:
         ago = "2026-01-01 00:00:00"
