@@ -4097,17 +4097,20 @@ class Claimer:
                 return
             room = min(at_most, wanted - before)
             limit = min(room, capacity.get(name, room))
-            if limit > 0 and not self._claim_from_queue(cursor, name, limit, idle):
-                return
+            more_may_follow = True
+            if limit > 0:
+                more_may_follow = self._claim_from_queue(cursor, name, limit, idle)
             taken = len(self.seqs) - before
             if name in capacity:
                 capacity[name] -= taken
             self._queues.remove(name)
             # Who gave less than asked for is empty: it is not asked again. One
             # that is paused or full stays on the list.
-            if taken == limit:
+            if taken == limit or not more_may_follow:
                 self._queues.append(name)
             self._last_queue = name
+            if not more_may_follow:
+                return
             # One that gave nothing was emptied by another worker, which is
             # about to empty the next ones, too. Where there are so many that
             # the list holds only some, we go on at a distance from it.
