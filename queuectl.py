@@ -4285,7 +4285,11 @@ def _lock_ids(cursor: Cursor, only: str,
 # carry it. Only those may start: that holds even where SKIP LOCKED locks
 # nothing. SKIP LOCKED is for speed.
 
-SLOW_CLAIM_S = 0.02
+# Slower than this inside the server, a claim has walked over many dead entries.
+SLOW_CLAIM_US = 20_000
+# A look finds so many queues with pending jobs; the next one goes on behind them.
+QUEUES_AT_ONCE = 100
+QUEUES_SOUGHT_SINGLY = 8
 # How many jobs of a queue may run at once; NULL: there is no limit.
 QUEUE_LIMIT_SQL = "IF(paused_at IS NULL, max_running, 0)"
 
@@ -4304,6 +4308,7 @@ class Candidate(NamedTuple):
     seq: int
     losses: int
     claim_order: int
+    found_after_us: int  # how long the server had looked when it came to it
 
 class Position(NamedTuple):
     """Where a claim in a queue ended; the next one may go on behind it."""
@@ -4319,7 +4324,9 @@ class Claimer:
     """Claims jobs for one worker, turn by turn.
 
     `token` is that of the present turn, `seqs` are the rows that it has marked
-    so far.
+    so far. It goes through a list of queues with pending jobs, in the order of
+    their names and round and round: whoever had its turn goes to the end, and
+    who had nothing more goes off the list. The list is made anew by a look.
     """
     def __init__(self, database: Database, identity: WorkerIdentity,
                  use_skip_locked: bool) -> None:
@@ -4328,7 +4335,11 @@ class Claimer:
         self.seqs: list[int] = []
         self._database, self._identity = database, identity
         self._use_skip_locked = use_skip_locked
-        self._queues: list[str] = list(identity.queues)
+        # The queues that are thought to have pending jobs, the next one first.
+        self._queues: list[str] = []
+        self._last_queue = ""  # the last one that had its turn
+        self._look_owed = True
+        self._has_more = False  # whether there are queues beyond the list
         self._limits: dict[str, int | None] = {}
         self._positions: dict[str, Position] = {}
         # Rows that the server lets nobody write: they are passed over.
@@ -4363,11 +4374,21 @@ class Claimer:
     def begin_turn(self) -> None:
         """Makes the token for what this turn claims: random, and never used again."""
         self.token = secrets.token_hex(8)
-        self.begin_try()
+        self.seqs = []
 
     def begin_try(self) -> None:
         """Forgets what an earlier try of the same turn marked: it was rolled back."""
+        # Those jobs wait again, in queues that may have gone off the list.
+        if self.seqs:
+            self.owe_look()
         self.seqs = []
+
+    def owe_look(self) -> None:
+        """Has the next claim find the queues anew, each from its head on.
+
+        That claim may come much later, once a slot is free.
+        """
+        self._look_owed = True
 
     def read_limits(self, cursor: Cursor) -> None:
         """Learns which queues have a limit, or are paused."""
@@ -4375,38 +4396,78 @@ class Claimer:
             f"SELECT name, {QUEUE_LIMIT_SQL} FROM queues "
             "WHERE paused_at IS NOT NULL OR max_running IS NOT NULL")
 
-    def start_over(self) -> None:
-        """Has the next claims begin at the head of each queue again."""
-        self._positions.clear()
-
-    def claim(self, cursor: Cursor, wanted: int, idle: bool, looks: bool) -> None:
+    def claim(self, cursor: Cursor, wanted: int, idle: bool) -> bool:
         """Marks up to `wanted` jobs with the token, shared over the queues
         with some.
 
-        `idle`: the worker runs nothing; `looks`: it looks around in this turn.
+        Returns whether there may be more for what is still free, in queues
+        behind those of the list. `idle`: the worker runs nothing.
         """
-        if not self._identity.queues and (looks or not self._queues):
-            self._queues = queues_with(cursor, State.PENDING)
-        if not self._queues:
-            return
-        # Each turn begins with another queue, so that none is always the last.
-        self._queues.append(self._queues.pop(0))
+        if self._look_owed or not self._queues:
+            self._find_queues(cursor)
         capacity = self._free_capacity(cursor)
-        open_queues = [name for name in self._queues if capacity.get(name) != 0]
-        if not open_queues:
-            return
         # First to each queue its share, rounded up; then the rest to who has
         # more.
         wanted = min(wanted, self._at_most)
-        share = -(-wanted // len(open_queues))
+        open_queues = [name for name in self._queues if capacity.get(name) != 0]
+        share = -(-wanted // max(1, len(open_queues)))
         for at_most in sorted({share, wanted}):
-            for name in open_queues:
-                before = len(self.seqs)
-                limit = min(at_most, wanted - before, capacity.get(name, wanted))
-                if limit > 0 and not self._claim_from_queue(cursor, name, limit, idle):
-                    return
-                if name in capacity:
-                    capacity[name] -= len(self.seqs) - before
+            self._go_round(cursor, capacity, idle, at_most, wanted)
+        if self.seqs and self._locks(cursor):
+            defer_claim(cursor, self.seqs, self.token, self._identity.id)
+        # A list whose queues are all paused or full is still there.
+        return self._has_more and len(self.seqs) < wanted and not self._queues
+
+    def _find_queues(self, cursor: Cursor) -> None:
+        """Lists the next queues that have pending jobs, or those that are served."""
+        last = self._last_queue
+        names = sorted(self._identity.queues)
+        if not names:
+            begin = last if self._has_more else ""
+            names = queues_behind(cursor, State.PENDING, begin)
+            if begin and len(names) < QUEUES_AT_ONCE:
+                names += queues_behind(cursor, State.PENDING, "")
+                names = sorted(set(names), key=names.index)
+            self._has_more = len(names) >= QUEUES_AT_ONCE
+            del names[QUEUES_AT_ONCE:]
+        # Round and round: those behind the last one come first.
+        self._queues = sorted(names, key=lambda name: (name <= last, name))
+        self._look_owed = False
+        self._positions.clear()
+
+    def _go_round(self, cursor: Cursor, capacity: dict[str, int], idle: bool,
+                  at_most: int, wanted: int) -> None:
+        """Marks up to `at_most` jobs of each queue on the list, `wanted` in all."""
+        for name in list(self._queues):
+            before = len(self.seqs)
+            if before >= wanted or not self._queues:
+                return
+            room = min(at_most, wanted - before)
+            limit = min(room, capacity.get(name, room))
+            more_may_follow = True
+            if limit > 0:
+                more_may_follow = self._claim_from_queue(cursor, name, limit, idle)
+            taken = len(self.seqs) - before
+            if name in capacity:
+                capacity[name] -= taken
+            self._queues.remove(name)
+            # Who gave less than asked for is empty: it is not asked again. One
+            # that is paused or full stays on the list.
+            if taken == limit or not more_may_follow:
+                self._queues.append(name)
+            self._last_queue = name
+            if not more_may_follow:
+                return
+            # One that gave nothing was emptied by another worker, which is
+            # about to empty the next ones, too. Where there are so many that
+            # the list holds only some, we go on at a distance from it.
+            if limit and not taken and self._has_more:
+                self._last_queue = random.choice(self._queues or [name])
+                self._queues.clear()
+
+    def _locks(self, cursor: Cursor) -> bool:
+        """Returns whether claims lock what they find, and skip what others locked."""
+        return self._use_skip_locked and bool(self._database.skip_locked(cursor))
 
     def read_back(self, cursor: Cursor, settings: Settings) -> list[ClaimedJob]:
         """Returns the jobs that carry our token after COMMIT; only these may start."""
@@ -4462,51 +4523,47 @@ class Claimer:
         A job that must run alone is taken only by a process with no other run;
         one that has others takes nothing behind it, so that it comes to that.
         """
-        if not self._use_skip_locked or not self._database.skip_locked(cursor):
+        if not self._locks(cursor):
             return self._claim_by_update(cursor, name, wanted, idle)
-        seqs: list[int] = []
         alone = False
-        candidates, slow = self._candidates(cursor, name, wanted)
-        for job in candidates:
-            if slow:
-                self._positions[name] = Position(job.claim_order, job.seq)
+        for job in self._candidates(cursor, name, wanted):
             alone = job.losses >= ALONE_AFTER_LOSSES
-            if not alone or (idle and not seqs and not self.seqs):
-                seqs.append(job.seq)
+            if not alone or (idle and not self.seqs):
+                self.seqs.append(job.seq)
             if alone:
                 break
-        if seqs:
-            defer_claim(cursor, seqs, self.token, self._identity.id)
-            self.seqs += seqs
         return not alone
 
-    def _candidates(self, cursor: Cursor, name: str,
-                    wanted: int) -> tuple[list[Candidate], bool]:
-        """Locks and returns the next pending jobs of a queue, and if that was
-        slow.
+    def _candidates(self, cursor: Cursor, name: str, wanted: int) -> list[Candidate]:
+        """Locks and returns the next pending jobs of a queue.
 
         Under a long snapshot (a mysqldump) the index keeps the entries of
         claimed rows, and a claim walks over them all. So where a claim was
-        slow, the next one starts where it ended, until the worker looks around
-        again; that finds what has a higher priority, too.
+        slow, the next one starts where it ended, until the next look; that
+        finds what has a higher priority, too. The server tells how long it
+        took: NOW is when the statement began, and a slow wire does not count.
         """
-        condition, values = "", [name]
+        condition = ""
         reached = self._positions.get(name)
         if reached:
             order, seq = reached
             later = f"claim_order = {order} AND seq > {seq}"
             condition = f"AND (claim_order > {order} OR ({later}))"
-        started = time.monotonic()
         found = cursor.records(
             Candidate,
             f"""
-            SELECT seq, losses, claim_order FROM jobs FORCE INDEX (jobs_claim)
+            SELECT seq, losses, claim_order,
+                   TIMESTAMPDIFF(MICROSECOND, NOW(6), SYSDATE(6)) AS found_after_us
+              FROM jobs FORCE INDEX (jobs_claim)
              WHERE state = 'pending' AND queue = %s {condition} {self.but_refused()}
              ORDER BY claim_order, seq LIMIT {wanted}
                FOR UPDATE SKIP LOCKED
-            """, *values)
-        took_s = time.monotonic() - started
-        return found, bool(reached) or took_s > SLOW_CLAIM_S
+            """, name)
+        if found:
+            last = found[-1]
+            if reached or last.found_after_us > SLOW_CLAIM_US:
+                self._positions[name] = Position(last.claim_order, last.seq)
+        return found
 
     def _claim_by_update(self, cursor: Cursor, name: str, wanted: int,
                          idle: bool) -> bool:
@@ -4530,21 +4587,38 @@ class Claimer:
         return all(count < ALONE_AFTER_LOSSES for count in losses.values())
 
 def queues_with(cursor: Cursor, state: State) -> list[str]:
-    """Returns the queues that have jobs in this state, by one index seek each.
+    """Returns all queues that have jobs in this state, in the order of their names."""
+    names: list[str] = []
+    full = True
+    while full:
+        last = names[-1] if names else ""
+        found = queues_behind(cursor, state, last)
+        names += found
+        full = len(found) == QUEUES_AT_ONCE
+    return names
 
-    SELECT DISTINCT would read the whole range: 75 ms for 500,000 rows, and not
-    0.2.
+def queues_behind(cursor: Cursor, state: State, last: str) -> list[str]:
+    """Returns the next QUEUES_AT_ONCE queues with jobs in this state, by their
+    names from behind `last` on.
+
+    SELECT DISTINCT would read the whole range: 75 ms for 500,000 rows, where a
+    seek from one queue to the next takes 0.2. Grouped by both columns of the
+    index one statement does so many seeks; but where its statistics are old,
+    the server reads the whole range all the same. So it has only what comes
+    after the first few queues.
     """
     names: list[str] = []
-    last = ""
-    while True:
-        found = cursor.rows(
-            str, "SELECT queue FROM jobs FORCE INDEX (jobs_claim) WHERE state = %s "
-            "AND queue > %s ORDER BY queue LIMIT 1", state, last)
+    waiting = "SELECT queue FROM jobs FORCE INDEX (jobs_claim) " \
+              "WHERE state = %s AND queue > %s"
+    while len(names) < QUEUES_SOUGHT_SINGLY:
+        found = cursor.rows(str, f"{waiting} ORDER BY queue LIMIT 1", state, last)
         if not found:
             return names
-        last = found[0]
-        names.append(last)
+        names += found
+        last = names[-1]
+    limit = QUEUES_AT_ONCE - len(names)
+    return names + cursor.rows(
+        str, f"{waiting} GROUP BY state, queue LIMIT {limit}", state, last)
 
 @dataclass(frozen=True)
 class ProcessingRow:
@@ -5055,6 +5129,7 @@ class TurnRequest:
     free: int = 0  # how many jobs it may claim
     look: bool = False  # for cancellations, settings, due jobs and new queues
     detect: bool = False  # raise the heartbeat in any case, and look for lost workers
+    all_runs: bool = False  # look at the runs of all workers, not at our own alone
     drain: bool = False  # say whether anything is left to run
     state: str = "running"
 
@@ -5062,7 +5137,9 @@ class TurnRequest:
 class QueueSnapshot:
     """What a worker reads when it looks around."""
     config: dict[str, str]
-    runs: dict[tuple[int, str], bool]  # ours, and whether each is to be cancelled
+    # Ours, and whether each is to be cancelled: of those that we know of, or,
+    # where all runs were looked at, of all.
+    runs: dict[tuple[int, str], bool]
     others_cancelled: bool  # a run of another worker is to be cancelled
     waiting: bool  # there are pending jobs
     due_s: float  # until the next scheduled or failed job is due
@@ -5092,7 +5169,8 @@ class TurnResult:
 # values of it.
 #   config     a setting's key and its value
 #   run        token and seq of a run of ours, and 1 if it is to be cancelled
-#   cancelled  the same of another worker's run that is to be cancelled
+#   cancelled  the same of another worker's run that is to be cancelled; only
+#              where all runs are looked at
 #   waiting    there is a pending job that we serve
 #   due        microseconds until a scheduled, or a failed, job is due
 SNAPSHOT_SQL = """
@@ -5101,8 +5179,8 @@ SELECT 'config' AS what, CAST(`key` AS CHAR) AS one, CAST(value AS CHAR) AS two,
 UNION ALL
 SELECT IF(worker = %s, 'run', 'cancelled'), CAST(token AS CHAR), CAST(seq AS CHAR),
        CAST(cancel_requested_at IS NOT NULL AS CHAR)
-  FROM jobs FORCE INDEX (jobs_due)
- WHERE state = 'processing' AND (worker = %s OR cancel_requested_at IS NOT NULL)
+  FROM jobs FORCE INDEX ({index})
+ WHERE state = 'processing' AND {runs}
 UNION ALL
 (SELECT 'waiting', NULL, NULL, NULL FROM jobs FORCE INDEX (jobs_claim)
   WHERE state = 'pending' {served} LIMIT 1)
@@ -5139,15 +5217,23 @@ class SnapshotRow(NamedTuple):
     three: str
 
 def read_snapshot(cursor: Cursor, identity: WorkerIdentity,
-                  detect: bool) -> QueueSnapshot:
-    """Returns all that an idle worker wants to know, by one statement."""
-    values: list[object] = [identity.id, identity.id]
+                  request: TurnRequest) -> QueueSnapshot:
+    """Returns all that an idle worker wants to know, by one statement.
+
+    Our own runs are found by their numbers. To find more is to read the
+    processing rows of all workers: with a heartbeat, and when we were called.
+    """
+    index, runs = "PRIMARY", "seq IN %s"
+    values: list[object] = [identity.id, [0, *(seq for seq, _ in request.running)]]
+    if request.detect or request.all_runs:
+        index, runs = "jobs_due", "(worker = %s OR cancel_requested_at IS NOT NULL)"
+        values = [identity.id, identity.id]
     served = ""
     if identity.queues:
         served = "AND queue IN %s"
         values.append(identity.queues)
-    statement = SNAPSHOT_SQL.format(served=served)
-    if detect:
+    statement = SNAPSHOT_SQL.format(index=index, runs=runs, served=served)
+    if request.detect:
         statement += OTHERS_SQL
         values.append(identity.id)
     rows: dict[str, list[SnapshotRow]] = collections.defaultdict(list)
@@ -5306,6 +5392,9 @@ class TurnTaker:
     def take(self, request: TurnRequest) -> TurnResult:
         """Looks around where asked, settles what ended, claims as much as is free."""
         self._claimer.begin_turn()
+        # With every slot busy nothing can be claimed now: the next claim looks.
+        if request.look or not (request.running or request.ended):
+            self._claimer.owe_look()
         # Each repeat of anything shows first that we live: a long wait for a
         # lock takes the heartbeat of its own transaction back.
         self.database.between_tries = functools.partial(
@@ -5313,7 +5402,7 @@ class TurnTaker:
         snapshot = None
         if request.look:
             snapshot = self.database.read(lambda cursor: read_snapshot(
-                cursor, self.identity, request.detect))
+                cursor, self.identity, request))
         started = time.monotonic()
         try:
             result = self._carry_out(request, snapshot)
@@ -5430,8 +5519,12 @@ class TurnTaker:
             return TurnResult(alive=False)
         load = self._packer.pack(cursor.tries, request.ended, request.flushes)
         self._settlements = self._settle(cursor, load)
+        # A child may have become pending in a queue that had nothing before.
+        if any(one.claim.has_children for one in self._settlements):
+            self._claimer.owe_look()
         due_s = self._release(cursor, snapshot)
-        self._claim(cursor, request, len(load.unsettled))
+        if self._claim(cursor, request, len(load.unsettled)):
+            due_s = 0.0
         if self._claimer.seqs:
             cursor.commit_with_next()
         jobs = self._claimer.read_back(cursor, self.settings)
@@ -5512,20 +5605,17 @@ class TurnTaker:
         # for us.
         return 0.0 if released else OTHERS_RELEASE_S
 
-    def _claim(self, cursor: Cursor, request: TurnRequest, unsettled: int) -> None:
+    def _claim(self, cursor: Cursor, request: TurnRequest, unsettled: int) -> bool:
         """Claims for the free slots; results that wait for the next turn take
         one each.
 
         Else they would pile up where jobs end faster than their output can be
-        sent.
+        sent. It returns whether there may be more in further queues.
         """
         wanted = request.free - unsettled
         if wanted <= 0:
-            return
-        if request.look or not (request.running or request.ended):
-            self._claimer.start_over()
-        self._claimer.claim(cursor, wanted, idle=not request.running,
-                            looks=request.look)
+            return False
+        return self._claimer.claim(cursor, wanted, idle=not request.running)
 
     def _verify_turn(self, cursor: Transaction) -> TurnResult | None:
         """Returns what came of a turn whose COMMIT was not answered; None if
@@ -5642,7 +5732,9 @@ class TurnTaker:
                      snapshot: QueueSnapshot) -> TurnResult:
         """Does what follows from a snapshot, each in a transaction of its own."""
         self._hand_back_unknown(request, snapshot)
-        if request.drain and not (request.running or result.jobs):
+        # What is due at once is work, and all queues need not be gone through.
+        idle = not (request.running or result.jobs) and result.due_s > 0
+        if request.drain and idle:
             snapshot.drained = self.database.read(
                 lambda cursor: is_drained(cursor, self.identity.queues))
         lost: dict[str, int] = {}
@@ -8525,6 +8617,7 @@ class WakeCalls:
                  wake_end: int) -> None:
         """Listens to the siblings; the doorbell is made when it is first parked."""
         self.came = False  # somebody called since the last turn was asked for
+        self.rung = False  # the doorbell rang since the last look was asked for
         self.listener = context.siblings.listener(context.number)
         self.doorbell: Doorbell | None = None  # made when it is first parked
         self._options = options
@@ -8574,7 +8667,8 @@ class WakeCalls:
 
     def _on_rung(self) -> None:
         """Hears the doorbell, whose own thread calls this."""
-        # The flag before the byte: once awake, the loop must find it set.
+        # The flags before the byte: once awake, the loop must find them set.
+        self.rung = True
         self.came = True
         wake_loop(self._wake_end)
 
@@ -8889,6 +8983,10 @@ class TurnPlanner:
         if not (ended or flushes or look or called):
             return None
         detect = self._set_timers(now, look, settings)
+        # A ring may tell of a cancellation, and of a sibling's run, too.
+        all_runs = look and self._wake_calls.rung
+        if all_runs:
+            self._wake_calls.rung = False
         free = 0 if stopping else runs.free_slots(now)
         running = [(claim.seq, claim.token) for claim in runs.claims()]
         return TurnRequest(
@@ -8898,6 +8996,7 @@ class TurnPlanner:
             free=free,
             look=look,
             detect=detect,
+            all_runs=all_runs,
             drain=self._drain and not stopping,
             state="stopping" if stopping else "running")
 
@@ -9591,6 +9690,14 @@ class ChildProcess:
 GUARDIAN_KILLS_S = 5.0
 GUARDIAN_LEAVES_S = 1.0
 
+def readable_of(handles: Iterable[int], wait_s: float | None) -> set[int]:
+    """Returns which of these descriptors can be read, after `wait_s` at most."""
+    # Unlike the default selector it is no descriptor, which a fork would share.
+    selector = selectors.PollSelector()
+    for handle in handles:
+        selector.register(handle, selectors.EVENT_READ)
+    return {key.fd for key, _ in selector.select(wait_s)}
+
 class Guardian:
     """A process apart that ends what runs when all who would do so were killed.
 
@@ -9648,7 +9755,7 @@ class Guardian:
         for pipe in self._pipes:
             os.close(pipe.write_end)
         if self.ended >= 0:
-            select.select([self.ended], [], [], GUARDIAN_LEAVES_S)
+            readable_of([self.ended], GUARDIAN_LEAVES_S)
 
     def _guard(self) -> None:
         """Ends what each worker leaves; this is the process."""
@@ -9738,14 +9845,11 @@ class Supervisor:
 
     def _wait_for(self, wake: int, ready: int, wait_s: float | None) -> set[int]:
         """Returns which descriptors can be read, after `wait_s` at most."""
-        # Unlike the default one it is no descriptor, which a fork would share.
-        selector = selectors.PollSelector()
-        for handle in (wake, ready):
-            selector.register(handle, selectors.EVENT_READ)
+        handles = [wake, ready]
         # The guardian's is another one after each of its deaths.
         if self._guardian.ended >= 0:
-            selector.register(self._guardian.ended, selectors.EVENT_READ)
-        return {key.fd for key, _ in selector.select(wait_s)}
+            handles.append(self._guardian.ended)
+        return readable_of(handles, wait_s)
 
     def _all_ended(self) -> bool:
         """Returns whether we are stopping and no worker is left."""

@@ -680,11 +680,11 @@ class WorkCase(QueueCase):
         self.addCleanup(database.close)
         return database
 
-    def turns(self) -> queuectl.TurnTaker:
+    def turns(self, **variables: str) -> queuectl.TurnTaker:
         """What takes a worker's turns, without a worker."""
         name = f"turns-{secrets.token_hex(4)}"
         me = queuectl.WorkerIdentity(name, "here", 0, 0, "", 100, ())
-        turns = queuectl.TurnTaker(self.reach(), me, True)
+        turns = queuectl.TurnTaker(self.reach(**variables), me, True)
         queuectl.register(turns.database, me, turns.settings.lease_s)
         return turns
 
@@ -3501,6 +3501,16 @@ class Doorbells(WorkCase):
         self.queuectl("cancel", job_id)
         self.wait_state(job_id, State.CANCELLED, 5)
 
+    def test_a_cancellation_reaches_every_process_of_a_supervisor(self) -> None:
+        self.idle_worker("--count", "4")
+        ids = [self.enqueue("sleep 60") for _ in range(3)]
+        for job_id in ids:
+            self.wait_state(job_id, State.PROCESSING, 5)
+        for job_id in ids:
+            self.wait_until(self.bells, "a slot is free")
+            self.queuectl("cancel", job_id)
+            self.wait_state(job_id, State.CANCELLED, 5)
+
     def test_a_full_process_leaves_the_ring_to_one_with_a_free_slot(self) -> None:
         if (os.cpu_count() or 1) < 2:
             self.skipTest("one CPU: one process")
@@ -3652,7 +3662,7 @@ class Scale(WorkCase):
         self,
     ) -> None:
         turns = self.turns()
-        with unittest.mock.patch.object(queuectl, "SLOW_CLAIM_S", -1):
+        with unittest.mock.patch.object(queuectl, "SLOW_CLAIM_US", -1):
             early = self.put("true", state="failed", next_run_at="9999-01-01")
             for name in ("first", "second", "third"):
                 self.put("true", id=name)
@@ -3663,6 +3673,100 @@ class Scale(WorkCase):
             self.assertEqual(
                 self.claim(turns, 9, look=True), ["urgent", early, "third"]
             )
+
+    def test_a_look_while_all_slots_are_busy_is_made_up_for_by_the_next_claim(
+        self,
+    ) -> None:
+        turns = self.turns()
+        self.put_many(20, "true", queue="big")
+        self.assertEqual(len(self.claim(turns, 2)), 2)
+        late = self.put("true", queue="late")
+        self.assertEqual(self.claim(turns, 0, look=True), [])
+        self.assertIn(late, self.claim(turns, 2))
+        # The same holds for what stands before the place that a claim has reached.
+        with unittest.mock.patch.object(queuectl, "SLOW_CLAIM_US", -1):
+            self.claim(turns, 2)
+            urgent = self.put("true", queue="big", priority=5)
+            self.assertEqual(self.claim(turns, 0, look=True), [])
+            self.assertIn(urgent, self.claim(turns, 2))
+
+    def test_a_slow_wire_hides_no_job_of_higher_priority(self) -> None:
+        proxy = SlowProxy(self.server.socket, 10_000)
+        self.addCleanup(proxy.close)
+        turns = self.turns(**proxy.variables())
+        self.put_many(5, "true")
+        self.claim(turns, 1)
+        urgent = self.put("true", priority=5)
+        self.assertEqual(self.claim(turns, 1), [urgent])
+
+    def put_in_queues(self, queues: int, each: int) -> None:
+        names = [f"q{number:04}" for number in range(queues)] * each
+        for some in queuectl.batched(names, 1000):
+            self.sql(
+                "INSERT INTO jobs (command, queue) VALUES "
+                + ", ".join(["('true', %s)"] * len(some)),
+                *some,
+            )
+
+    def test_queues_get_their_turn_by_what_was_taken(self) -> None:
+        turns = self.turns()
+        self.put_in_queues(queues=4, each=4)
+        taken = [self.claimed_queues(turns, 2) for _ in range(4)]
+        self.assertEqual(len(set(taken[0] + taken[1])), 4)
+        self.assertEqual(taken[:2], taken[2:])
+
+    def claimed_queues(
+        self, turns: queuectl.TurnTaker, free: int, look: bool = False
+    ) -> list[str]:
+        """The queues of the jobs that a busy worker claims."""
+        request = queuectl.TurnRequest(running=[(0, "")], free=free, look=look)
+        return [job.queue for job in turns.take(request).jobs]
+
+    def test_of_hundreds_of_queues_each_gets_its_turn(self) -> None:
+        turns = self.turns()
+        self.put_in_queues(queues=230, each=3)
+        taken = [self.claimed_queues(turns, 46, look=True) for _ in range(5)]
+        self.assertEqual(len(set(sum(taken, []))), 230)
+
+    def questions(self, turns: queuectl.TurnTaker) -> int:
+        """How many statements a worker's session has sent so far."""
+        query = "SHOW SESSION STATUS LIKE 'Questions'"
+        return turns.database.rows(lambda _, count: int(count), query)[0]
+
+    def test_a_claim_from_thousands_of_queues_asks_no_more_than_it_takes(self) -> None:
+        turns = self.turns()
+        self.put_in_queues(queues=2000, each=1)
+        before = self.questions(turns)
+        taken = len(self.claim(turns, 1, look=True))
+        taken += sum(len(self.claim(turns, 50)) for _ in range(4))
+        self.assertGreater(taken, 190)
+        self.assertLess(self.questions(turns) - before, 1.5 * taken)
+
+    def test_a_look_reads_the_rows_of_other_workers_with_a_heartbeat_alone(
+        self,
+    ) -> None:
+        turns = self.turns()
+        self.put("true", id="own")
+        request = queuectl.TurnRequest(free=1)
+        [job] = turns.take(request).jobs
+        self.sql("UPDATE jobs SET cancel_requested_at = UTC_TIMESTAMP(6)")
+        self.put_many(1000, "true", state="processing", worker="other", token="x")
+        running = [(job.claim.seq, job.claim.token)]
+        read = []
+        for detect in (False, True):
+            before = self.rows_read(turns)
+            look = queuectl.TurnRequest(running=running, look=True, detect=detect)
+            snapshot = turns.take(look).snapshot
+            assert snapshot
+            self.assertEqual(snapshot.runs, {running[0]: True})
+            read.append(self.rows_read(turns) - before)
+        self.assertLess(read[0], 500)
+        self.assertGreater(read[1], 1000)
+
+    def rows_read(self, turns: queuectl.TurnTaker) -> int:
+        """How many index entries a worker's session has walked over so far."""
+        query = "SHOW SESSION STATUS LIKE 'Handler_read_next'"
+        return turns.database.rows(lambda _, count: int(count), query)[0]
 
     def test_what_ended_long_ago_goes_and_takes_its_history_along(self) -> None:
         ago = "2026-01-01 00:00:00"
