@@ -75,7 +75,8 @@ import traceback
 from dataclasses import dataclass
 from typing import (
     IO, TYPE_CHECKING, Callable, Collection, Generic, Iterable, Iterator, List,
-    Mapping, NamedTuple, NoReturn, Optional, Sequence, Tuple, TypeVar, Union,
+    Mapping, NamedTuple, NoReturn, Optional, Sequence, TextIO, Tuple, TypeVar,
+    Union,
 )
 
 if TYPE_CHECKING:
@@ -2745,6 +2746,13 @@ def _upgrade(cursor: Cursor, found: int) -> None:
 # here asks the database.
 
 COMMAND_BYTES_MAX = 131000  # the kernel takes 131,071 bytes in one argument
+# Nor does it take more in one variable, as NAME=VALUE. All of a program's
+# arguments and variables may have 2 MiB, where the stack may grow to the usual
+# 8 MiB: of that the command and what the worker was started with get half.
+VARIABLE_BYTES_MAX = COMMAND_BYTES_MAX
+ENV_BYTES_MAX = 1_000_000
+# What a variable costs beyond its name and value: a sign, a NUL, a pointer.
+VARIABLE_COST = 10
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]*")
 NAMED = "letters, digits and ._:@+-, the first a letter or digit"
 NOT_BLANK = re.compile(r"\s*[^\s\0][^\0]*")  # and without NUL
@@ -2782,16 +2790,29 @@ def _read_env(text: str) -> str:
         raise ValueError(text) from None
     if not isinstance(found, dict):
         raise ValueError(text)
+    total = 0
     for name, value in found.items():
         if not isinstance(value, str) or "\0" in value:
             raise ValueError(text)
         if not re.fullmatch(r"[^=\0]+", name):
             raise ValueError(text)
         # A lone surrogate cannot be encoded, which is a ValueError too.
-        (name + value).encode()
+        size = len(f"{name}={value}".encode())
+        total += size + VARIABLE_COST
+        if size > VARIABLE_BYTES_MAX:
+            raise _too_large(f"the variable {excerpt(name)}", size,
+                             VARIABLE_BYTES_MAX)
+    if total > ENV_BYTES_MAX:
+        raise _too_large("all the variables", total, ENV_BYTES_MAX)
     # Canonical, since it is signed.
     return json.dumps(found, sort_keys=True, separators=(",", ":"),
                       ensure_ascii=False)
+
+def _too_large(what: str, size: int, most: int) -> Problem:
+    """Returns what to say of an `env` that no program could be started with."""
+    return Problem(
+        f"env: {what} would take {size:,} bytes, of at most {most:,}",
+        "put it into a file, and give the job the file's path", USAGE)
 
 def _read_code_list(text: str) -> str:
     codes = read_codes(re.sub(r"^\[(.*)\]$", r"\1", text))
@@ -10415,10 +10436,17 @@ def _spool_document(document: object, defaults: JobValues) -> Spool:
             raise
     return spool
 
+def standard_input() -> TextIO:
+    """Returns standard input; a Problem where whoever started us closed it."""
+    # Python has no object for it then.
+    if not sys.stdin:
+        raise Problem("standard input is closed", status=USAGE)
+    return sys.stdin
+
 def _opened_input(path: str) -> contextlib.AbstractContextManager[IO[bytes]]:
     """Returns the file, opened; for `-` standard input, which stays open."""
     if path == "-":
-        return contextlib.nullcontext(sys.stdin.buffer)
+        return contextlib.nullcontext(standard_input().buffer)
     try:
         return open(path, "rb")
     except OSError as error:
@@ -10728,7 +10756,7 @@ def wait(args: argparse.Namespace) -> int:
     ids: list[str] = []
     for word in args.ids:
         if word == "-":
-            ids += sys.stdin.read().split()
+            ids += standard_input().read().split()
         else:
             ids.append(word)
     # An outage is borne with for a minute, but never for longer than
@@ -11656,9 +11684,32 @@ def print_version() -> None:
         f"queuectl {VERSION}, schema {SCHEMA_VERSION}, "
         f"PyMySQL {driver_version()}, Python {python}")
 
+def check_standard_streams() -> None:
+    """Has no file that we open get the number of a stream that is closed.
+
+    Who closed standard error wants to hear nothing, and who closed standard
+    input gives nothing. But where there is no standard output it is a Problem:
+    else a job would be enqueued, and then its id not be told.
+    """
+    for handle in (0, 1, 2):
+        with contextlib.suppress(OSError):
+            os.fstat(handle)
+            continue
+        if handle == 1:
+            raise Problem(
+                "standard output is closed, so nothing was done",
+                "send it somewhere, if only away: >/dev/null")
+        # It gets the lowest number that is free, which is this one.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.set_inheritable(null, True)
+        # Without it, what is printed there would go to standard output.
+        if handle == 2:
+            sys.stderr = open(null, "w")
+
 def main() -> int:
     """Runs the command line; says what went wrong, and returns the status."""
     try:
+        check_standard_streams()
         use_own_environment()
         status = run(sys.argv[1:])
         # What is still buffered must fail here, not while Python exits.
