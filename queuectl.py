@@ -4374,14 +4374,14 @@ def deregister(database: Database, worker_id: str) -> None:
     database.run("DELETE FROM workers WHERE id = %s", worker_id)
 
 def take_over(database: Database, settings: Settings, worker: str | None,
-              heartbeat: int | None) -> int | None:
+              heartbeat: int | None) -> list[str] | None:
     """Settles the runs of a lost worker as lost.
 
-    Returns how many they were, or None if it is not lost. One transaction
+    Returns the ids of their jobs, or None if it is not lost. One transaction
     locks its row, checks that its heartbeat still is `heartbeat` (None: that
     it has no live row; -1: whatever it is), and marks it lost.
     """
-    def work(cursor: Cursor) -> int | None:
+    def work(cursor: Cursor) -> list[str] | None:
         """Does it in the order of all transactions: the worker's row, then its runs."""
         # A worker whose row is locked is in a turn right now: it is not dead.
         # One that is known to be dead has left a lock at most, and that is
@@ -4401,8 +4401,15 @@ def take_over(database: Database, settings: Settings, worker: str | None,
         lost = RunOutcome(Reason.LOST)
         settle(cursor, database.packet_bytes,
                [decide_settlement(job.claim, lost, settings) for job in jobs])
-        return len(jobs)
+        return [job.claim.id for job in jobs]
     return database.transact(work)
+
+def say_taken(job_ids: Sequence[str], done: str) -> str:
+    """Returns words for the runs that were taken over, which name their jobs."""
+    if not job_ids:
+        return f"no run {done}"
+    runs = "1 run" if len(job_ids) == 1 else f"{len(job_ids)} runs"
+    return f"{runs} {done}: {abbreviated(job_ids)}"
 
 class LiveWorker(NamedTuple):
     """A worker that nobody has declared lost, and the process that it says it is."""
@@ -4887,12 +4894,12 @@ class TurnTaker:
             if taken is not None and result.snapshot:
                 silence = say_duration(result.snapshot.heartbeats[worker][1])
                 notes.append(f"worker {worker} is lost, no heartbeat for {silence}; "
-                             f"{taken} runs taken over")
+                             + say_taken(taken, "taken over"))
         for orphaned in result.orphaned:
             taken = take_over(self.database, self.settings, orphaned, None)
             if taken:
                 notes.append(f"worker {orphaned} has no live row; "
-                             f"{taken} runs taken over")
+                             + say_taken(taken, "taken over"))
         return notes
 
     def _carry_out(self, request: TurnRequest,
@@ -7471,13 +7478,11 @@ class Membership:
         for worker, run_tags in self._context.inherited:
             # Ended first: once its run is written off, the job may run again.
             terminate_tagged(run_tags, self.settings.kill_grace)
-            taken = self._take_over(worker)
-            notes.append(
-                f"worker {worker} died; {taken} runs written off as lost")
+            taken = say_taken(self._take_over(worker), "written off as lost")
+            notes.append(f"worker {worker} died; {taken}")
         for worker in self._end_orphans():
-            taken = self._take_over(worker)
-            notes.append(
-                f"worker {worker} here is gone; {taken} runs taken over")
+            taken = say_taken(self._take_over(worker), "taken over")
+            notes.append(f"worker {worker} here is gone; {taken}")
         return self.enter(notes)
 
     def enter(self, notes: list[str]) -> Opened:
@@ -7521,11 +7526,14 @@ class Membership:
             terminate_tagged(run_tags, grace_s)
         return list(exited)
 
-    def _take_over(self, worker: str) -> int | None:
-        """Settles as lost the runs of a worker whose process is surely gone."""
+    def _take_over(self, worker: str) -> list[str]:
+        """Settles as lost the runs of a worker whose process is surely gone.
+
+        Returns the ids of their jobs.
+        """
         turns = self._turns
         # -1: its heartbeat does not matter.
-        return take_over(turns.database, turns.settings, worker, -1)
+        return take_over(turns.database, turns.settings, worker, -1) or []
 
     def _new_turn_taker(self, settings: Settings) -> TurnTaker:
         """Returns what takes a new worker's turns, and signs the registry."""
@@ -9460,6 +9468,7 @@ class RunningState(NamedTuple):
     cancel_requested_at: Moment
     heartbeat_at: Moment  # None: the worker has no row any more
     lease_s: float
+    pid: int | None  # the worker process's
 
 class UnmetNeed(NamedTuple):
     """A job that another one still waits for."""
@@ -9685,12 +9694,14 @@ class _Explanation:
         found = self.database.records(
             RunningState,
             """
-            SELECT cancel_requested_at, heartbeat_at, lease_s
+            SELECT cancel_requested_at, heartbeat_at, lease_s, pid
               FROM jobs LEFT JOIN workers ON workers.id = worker
              WHERE seq = %s
             """, row.seq)
         # The job may have been purged since: then there is no more to say.
         for running in found:
+            if running.pid:
+                text += f", by worker {row.worker}, PID {running.pid} there"
             text += self._asked(running) + self._silence(running)
         return text
 
@@ -11092,7 +11103,10 @@ def _print_daemon(daemon: PidFileStatus, path: str) -> None:
     found = f"Worker PID file found at {path}"
     if daemon.alive:
         print_line(found)
+        # A line of its own, for programs; the next one is for people.
         print_line(str(daemon.pid))
+        print_line("is the PID of the daemon's supervisor, "
+                   "which starts the worker processes")
     else:
         print_line(f"{found} (stale, no daemon holds it)")
 

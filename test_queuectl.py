@@ -4383,6 +4383,7 @@ class Crashes(WorkCase):
         job = self.put(BOOKED + f"if {FIRST}; then kill -9 $PPID; sleep 60; fi")
         drain = self.start("worker", "start", "--drain")
         self.assertEqual(drain.wait(), 0, drain.said())
+        self.assertIn(f" died; 1 run written off as lost: {job}\n", drain.said())
         self.assert_state(job, State.COMPLETED)
         self.assertEqual(self.reasons(job), ["lost", "exit"])
 
@@ -5549,7 +5550,9 @@ class Daemon(WorkCase):
         self.assertIn("No worker PID file at ./workers.pid\n", self.queuectl("status"))
         pid = self.daemon("--count", "3")
         self.assertIn(
-            f"Worker PID file found at ./workers.pid\n{pid}\n", self.queuectl("status")
+            f"Worker PID file found at ./workers.pid\n{pid}\n"
+            "is the PID of the daemon's supervisor, ",
+            self.queuectl("status"),
         )
         self.assertEqual(
             json.loads(self.queuectl("status", "--json"))["daemon"],
@@ -6208,7 +6211,7 @@ class OneJob(WorkCase):
         self.assertRegex(
             why(running),
             rf"^runs on {re.escape(host)} for \d.* s "
-            r"\(attempt 1 of 4, time limit 1 m 30 s\)$",
+            r"\(attempt 1 of 4, time limit 1 m 30 s\), by worker \S+, PID \d+ there$",
         )
         ids = [self.enqueue("true", queue="video") for _ in range(3)]
         self.assertEqual(
