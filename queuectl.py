@@ -75,7 +75,8 @@ import warnings
 from dataclasses import dataclass
 from typing import (
     IO, TYPE_CHECKING, Callable, Collection, Generic, Iterable, Iterator, List,
-    Mapping, NamedTuple, NoReturn, Optional, Sequence, Tuple, TypeVar, Union,
+    Mapping, NamedTuple, NoReturn, Optional, Sequence, TextIO, Tuple, TypeVar,
+    Union,
 )
 
 if TYPE_CHECKING:
@@ -2847,6 +2848,13 @@ def _upgrade(cursor: Cursor, found: int) -> None:
 # here asks the database.
 
 COMMAND_BYTES_MAX = 131000  # the kernel takes 131,071 bytes in one argument
+# Nor does it take more in one variable, as NAME=VALUE. All of a program's
+# arguments and variables may have 2 MiB, where the stack may grow to the usual
+# 8 MiB: of that the command and what the worker was started with get half.
+VARIABLE_BYTES_MAX = COMMAND_BYTES_MAX
+ENV_BYTES_MAX = 1_000_000
+# What a variable costs beyond its name and value: a sign, a NUL, a pointer.
+VARIABLE_COST = 10
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]*")
 NAMED = "letters, digits and ._:@+-, the first a letter or digit"
 NOT_BLANK = re.compile(r"\s*[^\s\0][^\0]*")  # and without NUL
@@ -2884,16 +2892,29 @@ def _read_env(text: str) -> str:
         raise ValueError(text) from None
     if not isinstance(found, dict):
         raise ValueError(text)
+    total = 0
     for name, value in found.items():
         if not isinstance(value, str) or "\0" in value:
             raise ValueError(text)
         if not re.fullmatch(r"[^=\0]+", name):
             raise ValueError(text)
         # A lone surrogate cannot be encoded, which is a ValueError too.
-        (name + value).encode()
+        size = len(f"{name}={value}".encode())
+        total += size + VARIABLE_COST
+        if size > VARIABLE_BYTES_MAX:
+            raise _too_large(f"the variable {excerpt(name)}", size,
+                             VARIABLE_BYTES_MAX)
+    if total > ENV_BYTES_MAX:
+        raise _too_large("all the variables", total, ENV_BYTES_MAX)
     # Canonical, since it is signed.
     return json.dumps(found, sort_keys=True, separators=(",", ":"),
                       ensure_ascii=False)
+
+def _too_large(what: str, size: int, most: int) -> Problem:
+    """Returns what to say of an `env` that no program could be started with."""
+    return Problem(
+        f"env: {what} would take {size:,} bytes, of at most {most:,}",
+        "put it into a file, and give the job the file's path", USAGE)
 
 def _read_code_list(text: str) -> str:
     codes = read_codes(re.sub(r"^\[(.*)\]$", r"\1", text))
@@ -4757,8 +4778,8 @@ RUNS_TAKEN_OVER = 500
 DEAD_LOCK_S, DEAD_LOCK_PAUSE_S = 1.0, 0.05
 
 class TakenOver(NamedTuple):
-    """How many runs of a lost worker were settled, and what waits for them."""
-    runs: int
+    """Whose runs a lost worker had, and what waits for them."""
+    jobs: list[str]  # their ids
     resolution: Resolution
 
 def take_over(database: Database, settings: Settings, worker: str | None,
@@ -4810,12 +4831,12 @@ def _settle_as_lost(database: Database, cursor: Cursor, settings: Settings,
         f"WHERE state = 'processing' AND worker <=> %s LIMIT {RUNS_TAKEN_OVER}",
         worker)
     if not found:
-        return TakenOver(0, Resolution())
+        return TakenOver([], Resolution())
     free = database.lock_free(
         cursor, int, "SELECT seq FROM jobs FORCE INDEX (PRIMARY) "
         "WHERE state = 'processing' AND seq IN %s", sorted(found))
     if not free:
-        return TakenOver(0, Resolution())
+        return TakenOver([], Resolution())
     jobs = read_processing(
         cursor, settings, "PRIMARY",
         SqlCondition("worker <=> %s AND seq IN %s FOR UPDATE", [worker, free]))
@@ -4823,7 +4844,7 @@ def _settle_as_lost(database: Database, cursor: Cursor, settings: Settings,
     resolution = settle(
         cursor, database.packet_bytes,
         [decide_settlement(job.claim, lost, settings) for job in jobs])
-    return TakenOver(len(jobs), resolution)
+    return TakenOver([job.claim.id for job in jobs], resolution)
 
 def forget_lost_workers(database: Database, workers: Sequence[str]) -> None:
     """Removes rows of workers that were lost long ago, but for those that others hold.
@@ -4839,7 +4860,7 @@ def forget_lost_workers(database: Database, workers: Sequence[str]) -> None:
 
 class PartTakenOver(NamedTuple):
     """What came of the runs of a dead worker some of which do not end."""
-    taken: int  # so many runs were settled as lost
+    taken: list[str]  # the ids of the jobs whose runs were settled as lost
     kept: list[str]  # the ids of the jobs that stay processing
     resolution: Resolution  # what waits for those that were settled
 
@@ -4865,7 +4886,7 @@ def take_over_but(database: Database, settings: Settings, worker: str,
             int, "SELECT seq FROM jobs FORCE INDEX (jobs_due) "
             "WHERE state = 'processing' AND worker = %s", worker)
         if not seqs:
-            return PartTakenOver(0, [], Resolution())
+            return PartTakenOver([], [], Resolution())
         jobs = read_processing(
             cursor, settings, "PRIMARY",
             SqlCondition("worker = %s AND seq IN %s FOR UPDATE", [worker, seqs]))
@@ -4883,8 +4904,16 @@ def take_over_but(database: Database, settings: Settings, worker: str,
         resolution = settle(cursor, database.packet_bytes, settlements)
         write_history(cursor, database.packet_bytes, kept)
         ids = [claim.id for claim, _ in kept]
-        return PartTakenOver(len(settlements), ids, resolution)
+        taken = [one.claim.id for one in settlements]
+        return PartTakenOver(taken, ids, resolution)
     return database.transact(work)
+
+def say_taken(job_ids: Sequence[str], done: str) -> str:
+    """Returns words for the runs that were taken over, which name their jobs."""
+    if not job_ids:
+        return f"no run {done}"
+    runs = "1 run" if len(job_ids) == 1 else f"{len(job_ids)} runs"
+    return f"{runs} {done}: {abbreviated(job_ids)}"
 
 class LiveWorker(NamedTuple):
     """A worker that nobody has declared lost, and the process that it says it is."""
@@ -5421,14 +5450,16 @@ class TurnTaker:
         result = self._look_around(request, result, snapshot)
         return resolve_dependents(self._resolver, result)
 
-    def take_over(self, worker: str | None, heartbeat: int | None) -> int | None:
-        """Settles the runs of a lost worker as lost; returns how many, or None
-        if it is not lost."""
+    def take_over(self, worker: str | None, heartbeat: int | None) -> list[str] | None:
+        """Settles the runs of a lost worker as lost.
+
+        Returns the ids of their jobs, or None if it is not lost.
+        """
         taken = take_over(self.database, self.settings, worker, heartbeat)
         if taken is None:
             return None
         self._resolver.add(taken.resolution)
-        return taken.runs
+        return taken.jobs
 
     def take_over_but(self, worker: str,
                       surviving: Mapping[str, int]) -> PartTakenOver | None:
@@ -5455,18 +5486,18 @@ class TurnTaker:
             if taken is not None and result.snapshot:
                 silence = say_duration(result.snapshot.heartbeats[worker][1])
                 notes.append(f"worker {worker} is lost, no heartbeat for {silence}; "
-                             f"{taken} runs taken over")
+                             + say_taken(taken, "taken over"))
         for orphaned in result.orphaned:
             if time.monotonic() > until:
                 break
             taken = self._take_over(orphaned, None, notes)
             if taken:
                 notes.append(f"worker {orphaned} has no live row; "
-                             f"{taken} runs taken over")
+                             + say_taken(taken, "taken over"))
         return notes
 
     def _take_over(self, worker: str | None, heartbeat: int | None,
-                   notes: list[str]) -> int | None:
+                   notes: list[str]) -> list[str] | None:
         """Takes over from one worker; notes once where a row is refused."""
         try:
             return self.take_over(worker, heartbeat)
@@ -8547,11 +8578,11 @@ class Membership:
             # -1: its heartbeat does not matter.
             taken = turns.take_over(worker, -1)
             if worker in inherited:
-                notes.append(
-                    f"worker {worker} died; {taken} runs written off as lost")
+                said = say_taken(taken or [], "written off as lost")
+                notes.append(f"worker {worker} died; {said}")
             elif taken is not None:
-                notes.append(
-                    f"worker {worker} here is gone; {taken} runs taken over")
+                said = say_taken(taken, "taken over")
+                notes.append(f"worker {worker} here is gone; {said}")
         return notes
 
     def _keep(self, worker: str, surviving: Mapping[str, int],
@@ -8566,7 +8597,8 @@ class Membership:
         if not result or surviving.keys() <= before.keys():
             return []
         pids = ", ".join(str(pid) for pid in sorted(surviving.values()))
-        return [f"worker {worker} here is gone; {result.taken} runs taken over, but "
+        taken = say_taken(result.taken, "taken over")
+        return [f"worker {worker} here is gone; {taken}, but "
                 f"process {pids} does not end, not even by KILL: "
                 f"{', '.join(result.kept)} stays processing, and is looked at again"]
 
@@ -10761,6 +10793,7 @@ class RunningState(NamedTuple):
     cancel_requested_at: Moment
     heartbeat_at: Moment  # None: the worker has no row any more
     lease_s: float
+    pid: int | None  # the worker process's
 
 class UnmetNeed(NamedTuple):
     """A job that another one still waits for."""
@@ -10996,12 +11029,14 @@ class _Explanation:
         found = self.database.records(
             RunningState,
             """
-            SELECT cancel_requested_at, heartbeat_at, lease_s
+            SELECT cancel_requested_at, heartbeat_at, lease_s, pid
               FROM jobs LEFT JOIN workers ON workers.id = worker
              WHERE seq = %s
             """, row.seq)
         # The job may have been purged since: then there is no more to say.
         for running in found:
+            if running.pid:
+                text += f", by worker {row.worker}, PID {running.pid} there"
             text += self._asked(running)
             text += self._stuck() or self._silence(running)
         return text
@@ -11755,10 +11790,17 @@ def _spool_document(document: object, defaults: JobValues) -> Spool:
             raise
     return spool
 
+def standard_input() -> TextIO:
+    """Returns standard input; a Problem where whoever started us closed it."""
+    # Python has no object for it then.
+    if not sys.stdin:
+        raise Problem("standard input is closed", status=USAGE)
+    return sys.stdin
+
 def _opened_input(path: str) -> contextlib.AbstractContextManager[IO[bytes]]:
     """Returns the file, opened; for `-` standard input, which stays open."""
     if path == "-":
-        return contextlib.nullcontext(sys.stdin.buffer)
+        return contextlib.nullcontext(standard_input().buffer)
     try:
         return open(path, "rb")
     except OSError as error:
@@ -12068,7 +12110,7 @@ def wait(args: argparse.Namespace) -> int:
     ids: list[str] = []
     for word in args.ids:
         if word == "-":
-            ids += sys.stdin.read().split()
+            ids += standard_input().read().split()
         else:
             ids.append(word)
     # An outage is borne with for a minute, but never for longer than
@@ -12398,7 +12440,10 @@ def _print_daemon(daemon: PidFileStatus, path: str) -> None:
     found = f"Worker PID file found at {path}"
     if daemon.alive:
         print_line(found)
+        # A line of its own, for programs; the next one is for people.
         print_line(str(daemon.pid))
+        print_line("is the PID of the daemon's supervisor, "
+                   "which starts the worker processes")
     else:
         print_line(f"{found} (stale, no daemon holds it)")
 
@@ -13008,10 +13053,33 @@ def check_python() -> None:
             "run it by a newer one: python3.11 queuectl.py",
             UNAVAILABLE)
 
+def check_standard_streams() -> None:
+    """Has no file that we open get the number of a stream that is closed.
+
+    Who closed standard error wants to hear nothing, and who closed standard
+    input gives nothing. But where there is no standard output it is a Problem:
+    else a job would be enqueued, and then its id not be told.
+    """
+    for handle in (0, 1, 2):
+        with contextlib.suppress(OSError):
+            os.fstat(handle)
+            continue
+        if handle == 1:
+            raise Problem(
+                "standard output is closed, so nothing was done",
+                "send it somewhere, if only away: >/dev/null")
+        # It gets the lowest number that is free, which is this one.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.set_inheritable(null, True)
+        # Without it, what is printed there would go to standard output.
+        if handle == 2:
+            sys.stderr = open(null, "w")
+
 def main() -> int:
     """Runs the command line; says what went wrong, and returns the status."""
     try:
         check_python()
+        check_standard_streams()
         use_own_environment()
         status = run(sys.argv[1:])
         # What is still buffered must fail here, not while Python exits.

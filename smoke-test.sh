@@ -44,9 +44,10 @@ ends_as() { until_true "${3:-20}" state "$1" "$2" || { q show "$1"; return 1; };
 cleanup() {
     for pid_file in *.pid; do [ -e "$pid_file" ] && q worker stop --now --pid-file "$pid_file"; done
     if [ -n "$own" ]; then q db stop; else "$python" -c 'import os, queuectl as q
-q.open_database(q.WRITING).run("DROP DATABASE " + q.quote_name(os.environ["DB_NAME"]))'; fi
+database = q.Database(q.find_connection(q.Environment.read()), q.WRITING)
+database.run("DROP DATABASE " + q.quote_name(os.environ["DB_NAME"]))' || echo "# $DB_NAME is left behind" >&3; fi
     cd / && rm -rf "$work"
-} >/dev/null 2>&1
+} 3>&1 >/dev/null 2>&1
 trap cleanup EXIT; trap 'exit 130' INT TERM
 if [ -n "$own" ]; then
     unset "${!DB_@}" "${!QUEUECTL_@}" DATABASE_URL

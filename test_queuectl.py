@@ -2536,6 +2536,56 @@ class EnqueueTest(QueueCase):
             self.queuectl("enqueue", *argv, status=2)
         self.assertEqual(self.count(), 0)
 
+    def test_an_env_that_no_program_could_be_started_with_is_refused(self) -> None:
+        most = queuectl.VARIABLE_BYTES_MAX
+        for env, part in (
+            ({"LONG": "x" * (most - 4)}, "the variable LONG would take 131,001 bytes"),
+            ({f"V{n}": "é" * 50_000 for n in range(10)}, "all the variables would"),
+        ):
+            with self.subTest(part):
+                job = json.dumps({"command": "true", "env": env}).encode()
+                self.queuectl("enqueue", "-", stdin=job, status=2)
+                self.assertIn(part, self.errors)
+        self.assertEqual(self.count(), 0)
+        # What is taken can be run, beside the longest command.
+        env = {f"V{n}": "x" * (most - 3) for n in range(7)}
+        command = 'echo "${#V0} ${#V6}" #'.ljust(queuectl.COMMAND_BYTES_MAX, "-")
+        job = json.dumps({"command": command, "env": env, "max_retries": 0}).encode()
+        job_id = self.queuectl("enqueue", "-", stdin=job).strip()
+        self.drain()
+        self.assertEqual(self.queuectl("logs", job_id), "130997 130997\n")
+
+    def test_nothing_is_done_where_standard_output_is_closed(self) -> None:
+        def shell(redirection: str, *argv: str) -> tuple[int, str, str]:
+            done = subprocess.run(
+                ["/bin/sh", "-c", f'exec "$@" {redirection}', "sh"]
+                + [sys.executable, self.script, *argv],
+                cwd=self.folder,
+                env=self.environment,
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            return done.returncode, done.stdout, done.stderr
+
+        status, _, said = shell(">&-", "enqueue", "--id=a", "-c", "true")
+        self.assertEqual(
+            (status, said.splitlines()[0]),
+            (1, "queuectl: standard output is closed, so nothing was done"),
+        )
+        status, _, said = shell("<&- >&- 2>&-", "enqueue", "--id=a", "-c", "true")
+        self.assertEqual((status, self.count()), (1, 0))
+        for argv in (["enqueue", "--lines", "-"], ["wait", "-"]):
+            self.assertEqual(
+                shell("<&-", *argv), (2, "", "queuectl: standard input is closed\n")
+            )
+        # Who closes the others does without what would have been said there.
+        self.assertEqual(
+            shell("<&- 2>&-", "enqueue", "--id=b", "-c", "true"), (0, "b\n", "")
+        )
+        self.assertEqual(shell("2>&-", "show", "absent"), (1, "", ""))
+
     def test_one_bad_line_refuses_the_whole_input(self) -> None:
         lines = [b'{"command":"true"}'] * 10000
         lines[7430] = b'{"command":"true","priority":"high"}'
@@ -4912,6 +4962,7 @@ class Crashes(WorkCase):
         job = self.put(BOOKED + f"if {FIRST}; then kill -9 $PPID; sleep 60; fi")
         drain = self.start("worker", "start", "--drain")
         self.assertEqual(drain.wait(), 0, drain.said())
+        self.assertIn(f" died; 1 run written off as lost: {job}\n", drain.said())
         self.assert_state(job, State.COMPLETED)
         self.assertEqual(self.reasons(job), ["lost", "exit"])
 
@@ -7140,7 +7191,9 @@ class Daemon(WorkCase):
         self.assertIn("No worker PID file at ./workers.pid\n", self.queuectl("status"))
         pid = self.daemon("--count", "3")
         self.assertIn(
-            f"Worker PID file found at ./workers.pid\n{pid}\n", self.queuectl("status")
+            f"Worker PID file found at ./workers.pid\n{pid}\n"
+            "is the PID of the daemon's supervisor, ",
+            self.queuectl("status"),
         )
         self.assertEqual(
             json.loads(self.queuectl("status", "--json"))["daemon"],
@@ -7957,7 +8010,7 @@ class OneJob(WorkCase):
         self.assertRegex(
             why(running),
             rf"^runs on {re.escape(host)} for \d.* s "
-            r"\(attempt 1 of 4, time limit 1 m 30 s\)$",
+            r"\(attempt 1 of 4, time limit 1 m 30 s\), by worker \S+, PID \d+ there$",
         )
         ids = [self.enqueue("true", queue="video") for _ in range(3)]
         self.assertEqual(
