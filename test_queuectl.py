@@ -5228,6 +5228,7 @@ class Nemesis:
         self.counts: collections.Counter[str] = collections.Counter()
         self.set_aside: collections.Counter[str] = collections.Counter()
         self.disturbances: list[Disturbance] = []
+        self.hangs = 0
         self.locked: set[str] = set()  # the jobs whose rows a stranger locked
         self.heard: dict[Host, int] = {}  # how much of its log
         self.lost: list[tuple[int, int, float]] = []  # by their own word: and when
@@ -5421,7 +5422,10 @@ def hang(nemesis: Nemesis, killable: bool) -> Iterator[float]:
     if not directory.answering:
         return  # it hangs as it is
     directory.hang(killable)
-    yield nemesis.random.uniform(2, 8)
+    nemesis.hangs += 1
+    jobs = nemesis.case.jobs_beside_a_hung_directory(f"hang{nemesis.hangs}")
+    nemesis.case.enqueue_jobs(jobs, nemesis.random)
+    yield nemesis.random.uniform(4, 9)
     directory.answer()
 
 
@@ -5635,7 +5639,9 @@ time_t time(time_t *at) {
 # job may wait after one that should follow it: what claims and outages explain.
 LOST_AFTER_S = 8.0
 OVERTAKEN_S = 8.0
-# How long a run may live past its time limit: its kill_grace, and what a load adds.
+# The time limit of jobs that would not end by themselves, and how long a run may live
+# past it: its kill_grace, and what a load adds.
+LIMIT_S = 2
 LATE_S = 3.0
 
 
@@ -5839,14 +5845,9 @@ class Torture(WorkCase):
         if chance < 0.03:  # outlives a lease
             job.update(queue="long", timeout=9)
             end = "sleep 6"
-        elif chance < 0.06:
-            job.update(queue="limited", timeout=1)
+        elif chance < 0.1:
+            job.update(queue="limited", timeout=LIMIT_S)
             end = "sleep 30"
-        elif chance < 0.09:
-            job.update(queue="hung", timeout=2, cwd=self.path("hung"))
-        elif chance < 0.12:
-            job.update(queue="hung", timeout=2)
-            end = f"exec cat {self.path('hung')}/nothing 2>&9"
         else:
             job.update(
                 queue=self.random.choice(QUEUES),
@@ -5854,6 +5855,24 @@ class Torture(WorkCase):
             )
         job["command"] = self.book + end
         return job
+
+    def jobs_beside_a_hung_directory(self, name: str) -> list[dict[str, object]]:
+        """Some go there, and some look into it; they have a time limit."""
+        path = self.path("hung")
+        keys: tuple[dict[str, object], ...] = (
+            {"command": f"{self.book}:", "cwd": path},
+            {"command": f"{self.book}exec cat {path}/nothing"},
+        )
+        return [
+            {
+                "id": f"{name}.{at}",
+                "queue": "hung",
+                "timeout": LIMIT_S,
+                "max_retries": 1,
+                **keys[at % 2],
+            }
+            for at in range(6)
+        ]
 
     def enqueue_some(self, batch: int) -> None:
         """Twenty jobs, every fifth after the one before it."""
@@ -6055,12 +6074,12 @@ class Verdict:
         self.case.assertEqual(unexplained, [])
 
     def time_limits_are_kept(self) -> None:
-        """Whatever hangs beside it, a run of a second ends after a second."""
+        """Whatever hangs beside it, a run that has a limit ends there."""
         late: list[tuple[object, float]] = []
         for job, duration, finished in self.case.ask(
             "SELECT id, runs.duration, UNIX_TIMESTAMP(runs.finished_at) FROM runs "
             "JOIN jobs ON job_seq = seq WHERE queue = 'limited' AND "
-            f"runs.duration > 1 + {LATE_S}"
+            f"runs.duration > {LIMIT_S + LATE_S}"
         ):
             ended, lasted = float(str(finished)), float(str(duration))
             if self.nemesis.stopped_between(ended - lasted - 5, ended + 5):
