@@ -5233,7 +5233,14 @@ class Nemesis:
         self.heard: dict[Host, int] = {}  # how much of its log
         self.lost: list[tuple[int, int, float]] = []  # by their own word: and when
         self.undos: list[tuple[float, Iterator[float]]] = []
-        self.patient = case.seconds > 20 or len(case.faults) < len(FAULTS)
+        alone = len(case.faults) < len(FAULTS)
+        self.patient = case.seconds > 20 or alone
+        # How long to hold what all wait for: not past a time-out in a short run.
+        self.holds_s: tuple[float, ...] = (
+            (2.0, 12.0) if alone else (0.5, 1.0, 1.0, 2.0, 2.0)
+        )
+        if case.seconds >= 60 and not alone:
+            self.holds_s += (12.0,)
 
     def step(self) -> None:
         """One more fault, if it can be."""
@@ -5297,10 +5304,6 @@ class Nemesis:
         rows = self.case.ask("SELECT seq, id FROM jobs WHERE finished_at IS NULL")
         found = [(int(str(seq)), str(job)) for seq, job in rows]
         return self.random.sample(found, min(count, len(found)))
-
-    def hold_s(self) -> float:
-        """How long to hold what all wait for: not past a time-out in a short run."""
-        return self.random.choice((0.5, 1, 1, 2, 2, 12 if self.patient else 2))
 
     @contextlib.contextmanager
     def cut_off(self, why: str) -> Iterator[None]:
@@ -5471,18 +5474,14 @@ def veto(nemesis: Nemesis) -> Iterator[float]:
     states = nemesis.random.choice(
         ("'processing'", "'completed', 'failed'", "OLD.state, NEW.state")
     )
-    yield from until_dropped(
-        nemesis,
+    trigger = (
         "CREATE TRIGGER veto BEFORE UPDATE ON jobs FOR EACH ROW "
         f"IF OLD.id = '{job}' AND NEW.state IN ({states}) THEN "
-        "SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'vetoed'; END IF",
+        "SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'vetoed'; END IF"
     )
-
-
-def until_dropped(nemesis: Nemesis, trigger: str) -> Iterator[float]:
-    nemesis.case.ask("DROP TRIGGER IF EXISTS veto")
-    nemesis.case.ask(trigger)
-    yield nemesis.random.uniform(1, 3)
+    for statement in ("DROP TRIGGER IF EXISTS veto", trigger):
+        nemesis.case.ask(statement)
+    yield nemesis.random.uniform(2, 9)
     nemesis.case.ask("DROP TRIGGER IF EXISTS veto")
 
 
@@ -5506,7 +5505,7 @@ def lock_rows(nemesis: Nemesis) -> Iterator[float]:
 def freeze(nemesis: Nemesis) -> Iterator[float]:
     with contextlib.closing(nemesis.case.connect()) as held:
         held.cursor().execute("FLUSH TABLES WITH READ LOCK")
-        yield nemesis.hold_s()
+        yield nemesis.random.choice(nemesis.holds_s)
 
 
 @fault
@@ -5514,7 +5513,7 @@ def lock_tables(nemesis: Nemesis) -> Iterator[float]:
     """As a plain mysqldump does."""
     with contextlib.closing(nemesis.case.connect()) as held:
         held.cursor().execute("LOCK TABLES jobs READ, workers READ")
-        yield nemesis.hold_s()
+        yield nemesis.random.choice(nemesis.holds_s)
 
 
 @fault
@@ -5525,7 +5524,7 @@ def alter(nemesis: Nemesis) -> Iterator[float]:
         held.cursor().execute("SELECT seq FROM jobs LIMIT 1")
         waiting = threading.Thread(target=nemesis.case.alter)
         waiting.start()
-        yield nemesis.hold_s()
+        yield nemesis.random.choice(nemesis.holds_s)
     waiting.join()
 
 
