@@ -6158,11 +6158,19 @@ class Nemesis:
         self.counts: collections.Counter[str] = collections.Counter()
         self.set_aside: collections.Counter[str] = collections.Counter()
         self.disturbances: list[Disturbance] = []
+        self.hangs = 0
         self.locked: set[str] = set()  # the jobs whose rows a stranger locked
         self.heard: dict[Host, int] = {}  # how much of its log
         self.lost: list[tuple[int, int, float]] = []  # by their own word: and when
         self.undos: list[tuple[float, Iterator[float]]] = []
-        self.patient = case.seconds > 20 or len(case.faults) < len(FAULTS)
+        alone = len(case.faults) < len(FAULTS)
+        self.patient = case.seconds > 20 or alone
+        # How long to hold what all wait for: not past a time-out in a short run.
+        self.holds_s: tuple[float, ...] = (
+            (2.0, 12.0) if alone else (0.5, 1.0, 1.0, 2.0, 2.0)
+        )
+        if case.seconds >= 60 and not alone:
+            self.holds_s += (12.0,)
 
     def step(self) -> None:
         """One more fault, if it can be."""
@@ -6226,10 +6234,6 @@ class Nemesis:
         rows = self.case.ask("SELECT seq, id FROM jobs WHERE finished_at IS NULL")
         found = [(int(str(seq)), str(job)) for seq, job in rows]
         return self.random.sample(found, min(count, len(found)))
-
-    def hold_s(self) -> float:
-        """How long to hold what all wait for: not past a time-out in a short run."""
-        return self.random.choice((0.5, 1, 1, 2, 2, 12 if self.patient else 2))
 
     @contextlib.contextmanager
     def cut_off(self, why: str) -> Iterator[None]:
@@ -6351,7 +6355,10 @@ def hang(nemesis: Nemesis, killable: bool) -> Iterator[float]:
     if not directory.answering:
         return  # it hangs as it is
     directory.hang(killable)
-    yield nemesis.random.uniform(2, 8)
+    nemesis.hangs += 1
+    jobs = nemesis.case.jobs_beside_a_hung_directory(f"hang{nemesis.hangs}")
+    nemesis.case.enqueue_jobs(jobs, nemesis.random)
+    yield nemesis.random.uniform(4, 9)
     directory.answer()
 
 
@@ -6397,18 +6404,14 @@ def veto(nemesis: Nemesis) -> Iterator[float]:
     states = nemesis.random.choice(
         ("'processing'", "'completed', 'failed'", "OLD.state, NEW.state")
     )
-    yield from until_dropped(
-        nemesis,
+    trigger = (
         "CREATE TRIGGER veto BEFORE UPDATE ON jobs FOR EACH ROW "
         f"IF OLD.id = '{job}' AND NEW.state IN ({states}) THEN "
-        "SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'vetoed'; END IF",
+        "SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'vetoed'; END IF"
     )
-
-
-def until_dropped(nemesis: Nemesis, trigger: str) -> Iterator[float]:
-    nemesis.case.ask("DROP TRIGGER IF EXISTS veto")
-    nemesis.case.ask(trigger)
-    yield nemesis.random.uniform(1, 3)
+    for statement in ("DROP TRIGGER IF EXISTS veto", trigger):
+        nemesis.case.ask(statement)
+    yield nemesis.random.uniform(2, 9)
     nemesis.case.ask("DROP TRIGGER IF EXISTS veto")
 
 
@@ -6432,7 +6435,7 @@ def lock_rows(nemesis: Nemesis) -> Iterator[float]:
 def freeze(nemesis: Nemesis) -> Iterator[float]:
     with contextlib.closing(nemesis.case.connect()) as held:
         held.cursor().execute("FLUSH TABLES WITH READ LOCK")
-        yield nemesis.hold_s()
+        yield nemesis.random.choice(nemesis.holds_s)
 
 
 @fault
@@ -6440,7 +6443,7 @@ def lock_tables(nemesis: Nemesis) -> Iterator[float]:
     """As a plain mysqldump does."""
     with contextlib.closing(nemesis.case.connect()) as held:
         held.cursor().execute("LOCK TABLES jobs READ, workers READ")
-        yield nemesis.hold_s()
+        yield nemesis.random.choice(nemesis.holds_s)
 
 
 @fault
@@ -6451,7 +6454,7 @@ def alter(nemesis: Nemesis) -> Iterator[float]:
         held.cursor().execute("SELECT seq FROM jobs LIMIT 1")
         waiting = threading.Thread(target=nemesis.case.alter)
         waiting.start()
-        yield nemesis.hold_s()
+        yield nemesis.random.choice(nemesis.holds_s)
     waiting.join()
 
 
@@ -6565,7 +6568,9 @@ time_t time(time_t *at) {
 # job may wait after one that should follow it: what claims and outages explain.
 LOST_AFTER_S = 8.0
 OVERTAKEN_S = 8.0
-# How long a run may live past its time limit: its kill_grace, and what a load adds.
+# The time limit of jobs that would not end by themselves, and how long a run may live
+# past it: its kill_grace, and what a load adds.
+LIMIT_S = 2
 LATE_S = 3.0
 
 
@@ -6769,14 +6774,9 @@ class Torture(WorkCase):
         if chance < 0.03:  # outlives a lease
             job.update(queue="long", timeout=9)
             end = "sleep 6"
-        elif chance < 0.06:
-            job.update(queue="limited", timeout=1)
+        elif chance < 0.1:
+            job.update(queue="limited", timeout=LIMIT_S)
             end = "sleep 30"
-        elif chance < 0.09:
-            job.update(queue="hung", timeout=2, cwd=self.path("hung"))
-        elif chance < 0.12:
-            job.update(queue="hung", timeout=2)
-            end = f"exec cat {self.path('hung')}/nothing 2>&9"
         else:
             job.update(
                 queue=self.random.choice(QUEUES),
@@ -6784,6 +6784,24 @@ class Torture(WorkCase):
             )
         job["command"] = self.book + end
         return job
+
+    def jobs_beside_a_hung_directory(self, name: str) -> list[dict[str, object]]:
+        """Some go there, and some look into it; they have a time limit."""
+        path = self.path("hung")
+        keys: tuple[dict[str, object], ...] = (
+            {"command": f"{self.book}:", "cwd": path},
+            {"command": f"{self.book}exec cat {path}/nothing"},
+        )
+        return [
+            {
+                "id": f"{name}.{at}",
+                "queue": "hung",
+                "timeout": LIMIT_S,
+                "max_retries": 1,
+                **keys[at % 2],
+            }
+            for at in range(6)
+        ]
 
     def enqueue_some(self, batch: int) -> None:
         """Twenty jobs, every fifth after the one before it."""
@@ -6985,12 +7003,12 @@ class Verdict:
         self.case.assertEqual(unexplained, [])
 
     def time_limits_are_kept(self) -> None:
-        """Whatever hangs beside it, a run of a second ends after a second."""
+        """Whatever hangs beside it, a run that has a limit ends there."""
         late: list[tuple[object, float]] = []
         for job, duration, finished in self.case.ask(
             "SELECT id, runs.duration, UNIX_TIMESTAMP(runs.finished_at) FROM runs "
             "JOIN jobs ON job_seq = seq WHERE queue = 'limited' AND "
-            f"runs.duration > 1 + {LATE_S}"
+            f"runs.duration > {LIMIT_S + LATE_S}"
         ):
             ended, lasted = float(str(finished)), float(str(duration))
             if self.nemesis.stopped_between(ended - lasted - 5, ended + 5):
