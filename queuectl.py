@@ -641,6 +641,16 @@ class ConnectionInfo:
         where = ",".join(hosts)
         return f"{self.database} at {where}"
 
+def say_new_target(old: ConnectionInfo, new: ConnectionInfo) -> str:
+    """Returns what the log is to say of another connection, or ""; no password."""
+    if old == new:
+        return ""
+    before = f"{old} as {old.user!r}"
+    now = f"{new} as {new.user!r}"
+    if before == now:
+        return f"the database is {now} as before, by another password or TLS setting"
+    return f"the database is {now} from now on; it was {before}"
+
 def find_connection(environment: Environment) -> ConnectionInfo:
     """Returns the database to use.
 
@@ -1529,6 +1539,8 @@ SETUP_CODES = {
     3159,  # the server wants TLS
     3635,  # the same as 3098, of a table in the transaction
 }
+# The account is refused, or the host that it comes from.
+ACCOUNT_CODES = {1044, 1045, 1130, 1698, 1862, 3118}
 CLASS_OF_CODE = {
     **dict.fromkeys(REPEAT_CODES, ErrorClass.REPEAT),
     **dict.fromkeys(RECONNECT_CODES, ErrorClass.RECONNECT),
@@ -2163,12 +2175,16 @@ class Connector:
     def __init__(self, target: ConnectionInfo, route: Route,
                  bare: bool) -> None:
         """`bare` connects without naming a database, before there is one."""
-        self._target = target
+        self.target = target
         self._route = route
         self._bare = bare
         # A socket has no host, and goes through the same walk.
         self._hosts: Hosts = target.hosts or (("localhost", 0),)
         self._tls: ssl.SSLContext | None = None
+
+    def towards(self, target: ConnectionInfo) -> Connector:
+        """Returns the like of it for another server."""
+        return Connector(target, self._route, self._bare)
 
     def connect(self, policy: RetryPolicy, read_committed: bool) -> Session:
         """Returns a session on the first host that answers and takes writes.
@@ -2225,8 +2241,8 @@ class Connector:
 
     def _open(self, at: int, policy: RetryPolicy, wire: Wire) -> Connection:
         """Returns a connection, with TLS as DB_SSL_MODE says."""
-        mode = self._target.ssl_mode
-        if self._target.socket or mode == "disabled":
+        mode = self.target.ssl_mode
+        if self.target.socket or mode == "disabled":
             return self._connect_once(at, policy, wire, None)
         try:
             return self._connect_once(at, policy, wire, self._tls_context())
@@ -2247,13 +2263,13 @@ class Connector:
             "dialog": RefuseClearText,
         }
         return _connection_class(wire)(
-            user=self._target.user,
+            user=self.target.user,
             # PyMySQL would encode a text as latin-1.
-            password=self._target.password.encode(),
+            password=self.target.password.encode(),
             host=host,
             port=port,
-            unix_socket=self._target.socket or None,
-            database=None if self._bare else self._target.database,
+            unix_socket=self.target.socket or None,
+            database=None if self._bare else self.target.database,
             charset="utf8mb4",
             # Without it the first SELECT would open a snapshot that a poll
             # never leaves. A transaction has its BEGIN.
@@ -2275,10 +2291,10 @@ class Connector:
         if self._tls is not None:
             return self._tls
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = self._target.ssl_mode == "verify_identity"
-        path = self._target.ssl_ca
+        context.check_hostname = self.target.ssl_mode == "verify_identity"
+        path = self.target.ssl_ca
         try:
-            if self._target.ssl_mode not in ("verify_ca", "verify_identity"):
+            if self.target.ssl_mode not in ("verify_ca", "verify_identity"):
                 context.verify_mode = ssl.CERT_NONE
             elif path:
                 context.load_verify_locations(path)
@@ -2345,7 +2361,7 @@ class Connector:
         patience = dataclasses.replace(policy, timeout_s=timeout_s)
         session.wire.answer_s = patience.answer_s
         if not self._bare:
-            check_schema(cursor.value(SCHEMA_ROW), self._target.database)
+            check_schema(cursor.value(SCHEMA_ROW), self.target.database)
 
 def _as_driver_error(error: Exception) -> Exception:
     """Returns the error that PyMySQL should have raised while connecting."""
@@ -2410,7 +2426,10 @@ class Database:
     def __init__(self, target: ConnectionInfo, policy: RetryPolicy,
                  bare: bool = False, route: Route | None = None) -> None:
         """Connects to nothing yet; a bare one will not name the database."""
+        # Both of these may be exchanged at any time, by any thread.
         self.target = target
+        # Where the server refuses the account, this says what the target is now.
+        self.find_target: Callable[[], ConnectionInfo | None] | None = None
         # It may be exchanged at any time, and holds from the next try on.
         self.policy = policy
         self.route = route or Route()
@@ -2561,9 +2580,17 @@ class Database:
         inner = self._ready_session().connection.cursor()
         return Cursor(inner, self.packet_bytes // 4, self.read_committed)
 
+    def _follow_target(self) -> None:
+        """Leaves a server that is no more the one to use."""
+        if self._connector.target == self.target:
+            return
+        self.close()
+        self._connector = self._connector.towards(self.target)
+
     def _ready_session(self) -> Session:
         """Returns the session; if there is none on the route's host, a new one.
         """
+        self._follow_target()
         session = self._session
         # Another connection of this process may have left that host.
         if session and session.host != self.route.first:
@@ -2611,6 +2638,9 @@ class Database:
         if error_class is ErrorClass.ROW:
             raise RowRefused(code, str(error.args[-1])) from None
         tries.failed(error_class)
+        # A password that was changed, say: perhaps we are to know it by now.
+        if code in ACCOUNT_CODES and self.find_target:
+            self.target = self.find_target() or self.target
         if _is_for_next_host(error, tries):
             self._connector.leave_host()
         self._back_off_or_raise(error_class, error, tries)
@@ -6172,11 +6202,14 @@ def _stay_silent(text: str) -> None:
 class Doorbell:
     """A thread that parks a sleep when told to, and says when it was ended."""
     def __init__(self, target: ConnectionInfo, note: str,
-                 rung: Callable[[], None], route: Route | None = None) -> None:
+                 rung: Callable[[], None], route: Route | None = None,
+                 find_target: Callable[[], ConnectionInfo | None] | None = None,
+                 ) -> None:
         """Starts the thread, which calls `rung` whenever it was rung.
 
         `note` is the worker's id and its queues, as in PARKED. With `route`
-        the sleep is parked on the host that the worker itself uses.
+        the sleep is parked on the host that the worker itself uses;
+        `find_target` is asked where the server refuses the account.
         """
         # The server answers when the sleep is over, and not before.
         policy = RetryPolicy(
@@ -6184,6 +6217,7 @@ class Doorbell:
             timeout_s=1.5 * PARKED_S,
             say=_stay_silent)
         self._database = Database(target, policy, route=route)
+        self._database.find_target = find_target
         self._note = f"{DOORBELL} {note}"
         self._rung = rung
         self._wanted = threading.Event()
@@ -6199,6 +6233,10 @@ class Doorbell:
             return False
         self._wanted.set()
         return True
+
+    def use_target(self, target: ConnectionInfo) -> None:
+        """Has the next sleep be parked there."""
+        self._database.target = target
 
     def leave(self) -> None:
         """Lets the sleep that is parked be the last."""
@@ -7302,19 +7340,30 @@ def watch(selector: selectors.BaseSelector, handle: int,
     """Has the loop call `act` whenever `handle` is readable."""
     selector.register(handle, selectors.EVENT_READ, act)
 
-def reread(say: Callable[[str], None]) -> Environment | None:
-    """Returns the environment and `.env` as they are now.
+def reread(
+        say: Callable[[str], None]) -> tuple[Environment, ConnectionInfo] | None:
+    """Returns the environment and `.env` as they are now, and where they say
+    that the database is.
 
     Where they are wrong, it says so and returns None.
     """
     try:
         environment = Environment.read()
         load_settings(environment, {})
+        target = find_connection(environment)
     # Whatever stands in those files: the work goes on.
     except (Problem, OSError, ValueError) as error:
         say(f"{error}; settings are kept as they were")
         return None
-    return environment
+    return environment, target
+
+def reread_target() -> ConnectionInfo | None:
+    """Returns where the database is by now, or None where that cannot be read."""
+    found = reread(_say_nothing)
+    return found[1] if found else None
+
+def _say_nothing(text: str) -> None:
+    """Stands in for `say` where another process tells the same."""
 
 # -- what a worker is about, and what it waits for
 
@@ -7516,6 +7565,7 @@ class Membership:
         """Knows how to reach the database; nothing is entered yet."""
         self.environment = options.environment
         self.route = Route()
+        self._target = options.target
         self._options = options
         self._context = context
         # One worker process tells of an outage for all of the supervisor's.
@@ -7539,6 +7589,22 @@ class Membership:
     def settings(self) -> Settings:
         """The settings as they are now."""
         return self._turns.settings
+
+    def reload(self, environment: Environment, target: ConnectionInfo) -> None:
+        """Has what follows use these; a try that is under way goes on."""
+        self.environment = environment
+        self._target = target
+        self._turns.database.target = target
+
+    def _find_target(self) -> ConnectionInfo | None:
+        """Returns where the database is now, for a server that refuses us."""
+        target = reread_target()
+        if target:
+            said = say_new_target(self._target, target)
+            if said:
+                self._policy.say(said)
+            self._target = target
+        return target
 
     def use_settings(self, settings: Settings) -> None:
         """Has the next turn use these settings."""
@@ -7614,8 +7680,8 @@ class Membership:
         """Returns what takes a new worker's turns, and signs the registry."""
         identity = self._new_identity()
         self._context.registry.sign(identity.id)
-        target = self._options.target
-        database = Database(target, self._policy, route=self.route)
+        database = Database(self._target, self._policy, route=self.route)
+        database.find_target = self._find_target
         skip_locked = self.environment.get("QUEUECTL_SKIP_LOCKED")
         switched_off = skip_locked.lower() in ("off", "0", "no")
         turns = TurnTaker(database, identity, not switched_off)
@@ -7641,9 +7707,6 @@ class Membership:
             slots=self._context.slots,
             queues=self._options.queues)
 
-def _say_nothing(text: str) -> None:
-    """Stands in for `say` where another process tells the same."""
-
 # How long a sleep takes in the server until others can find it.
 PARKING_S = 0.005
 
@@ -7660,9 +7723,16 @@ class WakeCalls:
         self.listener = context.siblings.listener(context.number)
         self.doorbell: Doorbell | None = None  # made when it is first parked
         self._options = options
+        self._target = options.target
         self._siblings = context.siblings
         self._number = context.number
         self._wake_end = wake_end
+
+    def use_target(self, target: ConnectionInfo) -> None:
+        """Has the next sleep be parked there."""
+        self._target = target
+        if self.doorbell:
+            self.doorbell.use_target(target)
 
     def on_sibling(self) -> None:
         """Hears a sibling's call, once `listener` is readable."""
@@ -7682,11 +7752,10 @@ class WakeCalls:
                 self.doorbell.leave()
             return False
         if not self.doorbell:
-            options = self._options
-            queues = ",".join(options.queues) or "-"
+            queues = ",".join(self._options.queues) or "-"
             note = f"{worker} {queues}"
-            self.doorbell = Doorbell(options.target, note, self._on_rung,
-                                     route)
+            self.doorbell = Doorbell(self._target, note, self._on_rung, route,
+                                     reread_target)
         return self.doorbell.park()
 
     def call_siblings(self, snapshot: QueueSnapshot, all_busy: bool) -> None:
@@ -8266,9 +8335,11 @@ class Worker:
             elif number == STOP_NOW_SIGNAL:
                 self._stop_now(FORCED_WAIT_S)
             elif number == signal.SIGHUP:
-                environment = reread(self.options.say)
-                if environment:
-                    self._membership.environment = environment
+                found = reread(_say_nothing)
+                if found:
+                    environment, target = found
+                    self._membership.reload(environment, target)
+                    self._wake_calls.use_target(target)
                 self._timers.snapshot_at = 0.0
 
     def _on_orphaned(self) -> None:
@@ -8825,11 +8896,15 @@ class Supervisor:
     def _reload(self) -> None:
         """Reads the settings again, and has the workers do so."""
         self.options.say("SIGHUP: reading the settings again")
-        environment = reread(self.options.say)
-        if environment:
+        found = reread(self.options.say)
+        if found:
+            environment, target = found
+            said = say_new_target(self.options.target, target)
+            if said:
+                self.options.say(said)
             # Workers that are forked from now on begin with it.
             self.options = dataclasses.replace(
-                self.options, environment=environment)
+                self.options, environment=environment, target=target)
             self._signal(signal.SIGHUP)
 
     def _kill_if_due(self) -> None:

@@ -4158,6 +4158,51 @@ class StopAndReload(WorkCase):
         self.wait_state(late, State.DEAD)
         self.assertEqual(self.reasons(late), ["timeout"])
 
+    def test_hup_and_a_refused_account_lead_to_another_address_and_account(
+        self,
+    ) -> None:
+        def write(user: str, password: str, **more: object) -> None:
+            account = {"DB_USER": user, "DB_PASSWORD": password, **address, **more}
+            with open(self.path(".env"), "w") as file:
+                file.writelines(f"{name}={value}\n" for name, value in account.items())
+
+        proxies = [Proxy(self.server.socket) for _ in range(2)]
+        for proxy in proxies:
+            self.addCleanup(proxy.close)
+        first, second = (proxy.variables() for proxy in proxies)
+        address: dict[str, str] = {}
+        for name in ("DB_SOCKET", "DB_USER", "DB_PASSWORD"):
+            del self.environment[name]
+        for name, secret in (("queuectl_one", "b3fore"), ("queuectl_two", "sec0nd")):
+            self.sql(f"CREATE USER {name} IDENTIFIED BY %s", secret)
+            self.addCleanup(self.sql, f"DROP USER {name}")
+            self.sql(f"GRANT ALL ON queuectl.* TO {name}")
+        address = {**first, "DB_SSL_MODE": "preferred"}
+        write("queuectl_one", "b3fore")
+        worker = self.worker()
+        self.wait_state(self.put("true"), State.COMPLETED)
+        # The server has moved, and is asked for as another account.
+        address = {**second, "DB_SSL_MODE": "preferred"}
+        write("queuectl_two", "sec0nd")
+        proxies[0].refuse()
+        proxies[0].cut()
+        worker.signal(signal.SIGHUP)
+        self.wait_state(self.put("true"), State.COMPLETED, 10)
+        self.assertIn(
+            f"the database is queuectl at 127.0.0.1:{second['DB_PORT']} as "
+            "'queuectl_two' from now on; it was queuectl at "
+            f"127.0.0.1:{first['DB_PORT']} as 'queuectl_one'",
+            worker.said(),
+        )
+        # The password is changed, and nobody tells the worker.
+        self.sql("ALTER USER queuectl_two IDENTIFIED BY %s", "aft3r")
+        write("queuectl_two", "aft3r")
+        proxies[1].cut()
+        self.wait_state(self.put("true"), State.COMPLETED, 10)
+        self.assertIn("another password", worker.said())
+        for secret in ("b3fore", "sec0nd", "aft3r"):
+            self.assertNotIn(secret, worker.said())
+
     def test_hup_ends_no_daemon_whose_directory_was_deleted(self) -> None:
         gone = self.path("release")
         os.mkdir(gone)
