@@ -1929,7 +1929,7 @@ class Cursor:
 
     def __init__(self, inner: cursors.Cursor, bytes_max: int,
                  read_committed: bool = True) -> None:
-        """One packet takes `bytes_max` bytes of deferred statements."""
+        """One packet takes `bytes_max` bytes of deferred statements; 0: none."""
         self._inner = inner
         self._bytes_max = bytes_max
         # What a transaction must see as it is now, although it has read
@@ -1941,8 +1941,15 @@ class Cursor:
         self.fetchone = inner.fetchone
         self.fetchall = inner.fetchall
         self._deferred: list[str] = []
-        # The rows matched by those that had waited for the last statement.
+        # The rows matched by those that had waited for the last statement, and
+        # by those of the next one that were sent already.
         self.counts: list[int] = []
+        self._early: list[int] = []
+
+    @property
+    def packs(self) -> bool:
+        """Whether statements may share a packet here."""
+        return self._bytes_max > 0
 
     def mogrify(self, statement: str, values: Values = ()) -> str:
         """Returns the statement as it is sent, with its values."""
@@ -1995,7 +2002,9 @@ class Cursor:
             return
         together = sum(map(sent_bytes, self._deferred)) + sent_bytes(text)
         if together > self._bytes_max:
-            self._send(self._deferred.pop())
+            matched = self._send(self._deferred.pop())
+            # The statement that these wait for is still to come.
+            self._early = [*self.counts, matched]
 
     def _send(self, statement: str) -> int:
         """Sends what waits and `statement` in one packet; reads all answers."""
@@ -2004,7 +2013,8 @@ class Cursor:
         self._deferred = []
         self._before([*waiting, statement])
         self._inner.execute(";\n".join([*waiting, statement]))
-        self.counts = []
+        self.counts = self._early
+        self._early = []
         # Each answer is read: only then is it known that the server did it,
         # and an unread one would be taken for the next statement's.
         for text in waiting:
@@ -2149,6 +2159,13 @@ class Session:
     host: int
     version: str
     packet_bytes: int
+    # Whether a packet may have several statements: a proxy may forbid it.
+    packs: bool = True
+
+    @property
+    def packed_bytes(self) -> int:
+        """How many bytes of statements may share a packet; 0: none may."""
+        return self.packet_bytes // 4 if self.packs else 0
 
     @property
     def mariadb(self) -> bool:
@@ -2231,7 +2248,8 @@ class Connector:
         try:
             session = self._greet(connection, wire, at)
             if session:
-                self._set_up_session(session, policy, read_committed)
+                packs = self._set_up_session(session, policy, read_committed)
+                session = dataclasses.replace(session, packs=packs)
                 ready = True
             return session
         finally:
@@ -2324,8 +2342,11 @@ class Connector:
         return Session(connection, wire, at, str(version), packet_bytes)
 
     def _set_up_session(self, session: Session, policy: RetryPolicy,
-                        read_committed: bool) -> None:
-        """Sets the session's variables; raises a Problem for another schema."""
+                        read_committed: bool) -> bool:
+        """Sets the session's variables; raises a Problem for another schema.
+
+        Returns whether several statements may be sent in one packet.
+        """
         cursor = Cursor(session.connection.cursor(), 0)
         timeout_s = policy.timeout_s
         # Where a COMMIT hangs, there must be time to go to the next host.
@@ -2344,17 +2365,19 @@ class Connector:
         idle_s = int(4 * policy.timeout_s)
         # What a statement relies on is set here: the server's own defaults may
         # forbid an UPDATE, a join or a write, cut an answer, or end a session.
-        cursor.execute("SET SESSION sql_mode = 'STRICT_ALL_TABLES', "
-                       f"time_zone = '+00:00', {limit} = 0, completion_type = 0, "
-                       "autocommit = 1, sql_safe_updates = 0, "
-                       f"sql_big_selects = 1, sql_select_limit = {NO_LIMIT}, "
-                       f"innodb_lock_wait_timeout = {lock_wait_s}, "
-                       f"lock_wait_timeout = {lock_wait_s}, "
-                       f"wait_timeout = {idle_s}")
+        variables = (
+            "SET SESSION sql_mode = 'STRICT_ALL_TABLES', "
+            f"time_zone = '+00:00', {limit} = 0, completion_type = 0, "
+            "autocommit = 1, sql_safe_updates = 0, "
+            f"sql_big_selects = 1, sql_select_limit = {NO_LIMIT}, "
+            f"innodb_lock_wait_timeout = {lock_wait_s}, "
+            f"lock_wait_timeout = {lock_wait_s}, "
+            f"wait_timeout = {idle_s}")
         level = "REPEATABLE READ"
         if read_committed:
             level = "READ COMMITTED"
-        cursor.execute(
+        packs = _send_both(
+            session, variables,
             f"SET SESSION TRANSACTION ISOLATION LEVEL {level}, READ WRITE")
         # From here on the caller's own patience holds, no more the login's: it
         # is longer than a wait for a lock, and the next statement reads a table.
@@ -2362,6 +2385,25 @@ class Connector:
         session.wire.answer_s = patience.answer_s
         if not self._bare:
             check_schema(cursor.value(SCHEMA_ROW), self.target.database)
+        return packs
+
+def _send_both(session: Session, one: str, two: str) -> bool:
+    """Does two statements, which may be done twice.
+
+    Returns whether they went in one packet: a proxy that shares connections
+    (MySQL Router) answers such a packet with an error.
+    """
+    cursor = Cursor(session.connection.cursor(), MANY_BYTES)
+    try:
+        cursor.defer(one)
+        cursor.execute(two)
+        return True
+    except _Driver().MySQLError as error:
+        if classify_error(error)[0] is not ErrorClass.BUG:
+            raise
+    cursor.execute(one)
+    cursor.execute(two)
+    return False
 
 def _as_driver_error(error: Exception) -> Exception:
     """Returns the error that PyMySQL should have raised while connecting."""
@@ -2482,7 +2524,7 @@ class Database:
         tries.begun = True
         transaction = Transaction(
             session.connection.cursor(),
-            self.packet_bytes // 4,
+            session.packed_bytes,
             self.read_committed,
             tries)
         try:
@@ -2577,20 +2619,16 @@ class Database:
 
     def _cursor(self) -> Cursor:
         """Returns a cursor for statements that each commit by themselves."""
-        inner = self._ready_session().connection.cursor()
-        return Cursor(inner, self.packet_bytes // 4, self.read_committed)
-
-    def _follow_target(self) -> None:
-        """Leaves a server that is no more the one to use."""
-        if self._connector.target == self.target:
-            return
-        self.close()
-        self._connector = self._connector.towards(self.target)
+        session = self._ready_session()
+        inner = session.connection.cursor()
+        return Cursor(inner, session.packed_bytes, self.read_committed)
 
     def _ready_session(self) -> Session:
         """Returns the session; if there is none on the route's host, a new one.
         """
-        self._follow_target()
+        if self._connector.target != self.target:
+            self.close()
+            self._connector = self._connector.towards(self.target)
         session = self._session
         # Another connection of this process may have left that host.
         if session and session.host != self.route.first:
@@ -4857,6 +4895,77 @@ class Packer:
 
 # -- the turn
 
+class RefusedRows:
+    """The rows that the server refuses to write: found, set aside, and told.
+
+    A trigger may veto a job, and one such job is not to stop the others.
+    """
+    def __init__(self, database: Database, claimer: Claimer) -> None:
+        self.aside: set[tuple[int, str]] = set()  # runs whose row takes nothing
+        self._database, self._claimer = database, claimer
+        self._noted: set[str] = set()  # refusals that the log has
+
+    def set_aside_claim(self, refused: RowRefused) -> list[str]:
+        """Sets a pending job aside that the server let nobody claim.
+
+        Where it is not yet known which one it is, fewer are claimed at once.
+        Where nothing was claimed, it may be a row that was to be released.
+        """
+        if not self._claimer.seqs:
+            return self._release_one_by_one()
+        seq = self._claimer.narrow()
+        return [] if seq is None else [self._set_aside(seq, refused)]
+
+    def set_aside_run(self, claim: Claim, refused: RowRefused) -> str:
+        """Sets a job aside whose result is refused; returns what to say of it."""
+        if refuse(self._database, claim.seq, claim.token):
+            return f"job {claim.id} is dead: its result was refused: {refused}"
+        self.aside.add((claim.seq, claim.token))
+        return f"job {claim.id} stays as it is, its row is refused: {refused}"
+
+    def _set_aside(self, seq: int, refused: RowRefused) -> str:
+        """Sets a waiting job aside; returns what to say of it."""
+        became = "is dead" if refuse(self._database, seq, None) else "is passed over"
+        self._claimer.pass_over(seq)
+        return (f"the job with seq {seq} {became}, the database refuses to write "
+                f"its row: {refused}")
+
+    def _release_one_by_one(self) -> list[str]:
+        """Releases due rows singly, and sets those aside that are refused."""
+        notes = []
+        due = self._database.rows(
+            int, "SELECT seq FROM jobs FORCE INDEX (jobs_due) "
+            "WHERE state IN ('scheduled', 'failed') "
+            f"AND next_run_at <= UTC_TIMESTAMP(6) LIMIT {RELEASED_WHEN_DUE}")
+        for seq in due:
+            release = functools.partial(move, name="release", seqs=[seq])
+            try:
+                self._database.transact(release)
+            except RowRefused as refused:
+                notes.append(self._set_aside(seq, refused))
+        return notes
+
+    def take_over(self, settings: Settings, worker: str | None,
+                  heartbeat: int | None, notes: list[str]) -> int | None:
+        """Takes over from one worker; notes once where a row is refused."""
+        taken = None
+        def work() -> None:
+            nonlocal taken
+            taken = take_over(self._database, settings, worker, heartbeat)
+        what = f"runs of worker {worker} cannot be taken over"
+        self.bear(notes, what, work)
+        return taken
+
+    def bear(self, notes: list[str], what: str, work: Thunk) -> None:
+        """Does the work; where a row is refused, notes once what was not done."""
+        try:
+            work()
+        except RowRefused as refused:
+            text = f"{what}: {refused}"
+            if text not in self._noted:
+                self._noted.add(text)
+                notes.append(text)
+
 class TurnTaker:
     """Takes one worker's turns with the database."""
     def __init__(self, database: Database, identity: WorkerIdentity,
@@ -4870,8 +4979,7 @@ class TurnTaker:
         self._maintenance = Maintenance(database)
         self._packer = Packer()
         self._settlements: list[Settlement] = []  # of the present try
-        self._aside: set[tuple[int, str]] = set()  # runs whose row takes nothing
-        self._noted: set[str] = set()  # refusals that the log has
+        self._refused = RefusedRows(database, self._claimer)
         self._state = ""  # as our row says
 
     def take(self, request: TurnRequest) -> TurnResult:
@@ -4891,7 +4999,12 @@ class TurnTaker:
         except RowRefused as refused:
             if request.ended or request.flushes:
                 return self._settle_one_by_one(request, refused)
-            return self._find_refused(request, refused)
+            # The refused try took our heartbeat back.
+            alive = self.database.read(
+                lambda cursor: self._raise_heartbeat(cursor, request.state))
+            due_s = 0.0 if self._claimer.seqs else REFUSED_AGAIN_S
+            notes = self._refused.set_aside_claim(refused)
+            return TurnResult(alive=alive, due_s=due_s, notes=notes)
         self._claimer.widen()
         self._packer.took(time.monotonic() - started)
         if not result.alive or not snapshot:
@@ -4907,33 +5020,17 @@ class TurnTaker:
         """
         notes: list[str] = []
         for worker, heartbeat in result.lost.items():
-            taken = self._take_over(worker, heartbeat, notes)
+            taken = self._refused.take_over(self.settings, worker, heartbeat, notes)
             if taken is not None and result.snapshot:
                 silence = say_duration(result.snapshot.heartbeats[worker][1])
                 notes.append(f"worker {worker} is lost, no heartbeat for {silence}; "
                              f"{taken} runs taken over")
         for orphaned in result.orphaned:
-            taken = self._take_over(orphaned, None, notes)
+            taken = self._refused.take_over(self.settings, orphaned, None, notes)
             if taken:
                 notes.append(f"worker {orphaned} has no live row; "
                              f"{taken} runs taken over")
         return notes
-
-    def _take_over(self, worker: str | None, heartbeat: int | None,
-                   notes: list[str]) -> int | None:
-        """Takes over from one worker; notes once where a row is refused."""
-        try:
-            return take_over(self.database, self.settings, worker, heartbeat)
-        except RowRefused as refused:
-            self._note_once(notes, f"runs of worker {worker} cannot be taken over: "
-                                   f"{refused}")
-            return None
-
-    def _note_once(self, notes: list[str], text: str) -> None:
-        """Adds a note for the log that it did not have yet."""
-        if text not in self._noted:
-            self._noted.add(text)
-            notes.append(text)
 
     def _carry_out(self, request: TurnRequest,
                    snapshot: QueueSnapshot | None) -> TurnResult:
@@ -5117,52 +5214,7 @@ class TurnTaker:
             self._settle_now([(claim, without_output(outcome, str(refused)))])
             return f"job {claim.id}: its output could not be stored: {refused}"
         except RowRefused as error:
-            if refuse(self.database, claim.seq, claim.token):
-                return f"job {claim.id} is dead: its result was refused: {error}"
-            self._aside.add((claim.seq, claim.token))
-            return f"job {claim.id} stays as it is, its row is refused: {error}"
-
-    def _find_refused(self, request: TurnRequest,
-                      refused: RowRefused) -> TurnResult:
-        """Sets a pending job aside that the server let nobody claim.
-
-        Where it is not yet known which one it is, fewer are claimed at once. A
-        refusal that no claim is to blame for is only told.
-        """
-        # The refused try took our heartbeat back.
-        alive = self.database.read(
-            lambda cursor: self._raise_heartbeat(cursor, request.state))
-        none_claimed = not self._claimer.seqs
-        seq = self._claimer.narrow()
-        notes = []
-        if seq is not None:
-            dead = refuse(self.database, seq, None)
-            self._claimer.pass_over(seq)
-            became = "is dead" if dead else "is passed over"
-            notes.append(f"the job with seq {seq} {became}, the database refuses "
-                         f"to write its row: {refused}")
-        elif none_claimed:
-            notes += self._release_one_by_one()
-        due_s = REFUSED_AGAIN_S if none_claimed else 0.0
-        return TurnResult(alive=alive, due_s=due_s, notes=notes)
-
-    def _release_one_by_one(self) -> list[str]:
-        """Releases due rows singly, and sets those aside that are refused."""
-        notes = []
-        due = self.database.rows(
-            int, "SELECT seq FROM jobs FORCE INDEX (jobs_due) "
-            "WHERE state IN ('scheduled', 'failed') "
-            f"AND next_run_at <= UTC_TIMESTAMP(6) LIMIT {RELEASED_WHEN_DUE}")
-        for seq in due:
-            release = functools.partial(move, name="release", seqs=[seq])
-            try:
-                self.database.transact(release)
-            except RowRefused as refused:
-                if refuse(self.database, seq, None):
-                    notes.append(f"the job with seq {seq} is dead, the database "
-                                 f"refuses to write its row: {refused}")
-                self._claimer.pass_over(seq)
-        return notes
+            return self._refused.set_aside_run(claim, error)
 
     def _settle_now(self, ended: Sequence[Ended]) -> None:
         """Settles these runs, in as many transactions as it takes."""
@@ -5191,10 +5243,8 @@ class TurnTaker:
                 deregister(self.database, worker)
         notes = [*result.notes]
         if self.purges:
-            try:
-                self._maintenance.run(self.settings)
-            except RowRefused as refused:
-                self._note_once(notes, f"maintenance was refused: {refused}")
+            run = functools.partial(self._maintenance.run, self.settings)
+            self._refused.bear(notes, "maintenance was refused", run)
         return dataclasses.replace(result, snapshot=snapshot, lost=lost,
                                    orphaned=orphaned, notes=notes)
 
@@ -5202,7 +5252,7 @@ class TurnTaker:
         """Hands back rows under our id that we do not run: a read-back had failed."""
         known = {*request.running,
                  *((claim.seq, claim.token) for claim, _ in request.ended)}
-        unknown = [seq for seq, _ in snapshot.runs.keys() - known - self._aside]
+        unknown = [seq for seq, _ in snapshot.runs.keys() - known - self._refused.aside]
         if not unknown:
             return
         condition = SqlCondition("worker = %s AND seq IN %s",
@@ -5214,7 +5264,7 @@ class TurnTaker:
             try:
                 self._settle_now([(job.claim, handed_back)])
             except RowRefused:
-                self._aside.add((job.claim.seq, job.claim.token))
+                self._refused.aside.add((job.claim.seq, job.claim.token))
 
 
 # ---- queries -----------------------------------------------------------------
@@ -9951,6 +10001,7 @@ def check_all(target: ConnectionInfo, settings: Settings) -> Iterator[Check]:
             return
         yield from _check_server(one)
         yield from _check_locks(one, two)
+        yield _check_packets(one)
         yield _check_rights(one)
         yield _check_doorbell(one, settings)
         yield from _check_work(JobQueries(one, settings))
@@ -10074,6 +10125,17 @@ def _check_packet(variables: ServerVariables) -> Check:
         "packet", packet_mib >= PACKET_MIB_MIN,
         f"max_allowed_packet {packet_mib} MiB",
         "set it to 16 MiB or more: else large output is not stored")
+
+def _check_packets(database: Database) -> Check:
+    """Returns whether statements share packets, and so round trips."""
+    packs = database.read(lambda cursor: cursor.packs)
+    found = "several go in one packet"
+    if not packs:
+        found = "each goes in a packet of its own"
+    return Check(
+        "statements", packs, found,
+        "work is right, only slower: MySQL Router forbids them by "
+        "connection_sharing=1")
 
 # So many are to be left for people, and for whatever else uses the server.
 SPARE_CONNECTIONS = 10

@@ -3186,6 +3186,50 @@ class RefusedCommits(WorkCase):
         self.assertIn("queuectl db init", self.errors)
 
 
+class SinglesProxy(Proxy):
+    """A door that answers packets of several statements as MySQL Router may."""
+
+    refused = 0
+
+    def _pump(self, source: socket.socket, to: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                data = source.recv(1 << 20)
+                if not data:
+                    break
+                several = data[4:5] == b"\x03" and b";\n" in data
+                if several and to.family == socket.AF_UNIX:
+                    self.refused += 1
+                    text = b"\xff" + struct.pack("<H", 4501) + b"#HY000forbidden"
+                    source.sendall(struct.pack("<I", len(text))[:3] + b"\x01" + text)
+                else:
+                    to.sendall(data)
+        for one in (source, to):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+
+class SingleStatements(WorkCase):
+    """A proxy that forbids packets of several statements."""
+
+    def test_where_packets_of_several_statements_are_forbidden_they_go_singly(
+        self,
+    ) -> None:
+        proxy = SinglesProxy(self.server.socket)
+        self.addCleanup(proxy.close)
+        self.environment.update(proxy.variables())
+        self.queuectl("enqueue", "--id", "a", "--max-retries", "0", "-c", "exit 1")
+        self.queuectl("enqueue", "--after", "a", "-c", "true")
+        self.queuectl("enqueue", "-q", "--lines", "-", stdin=b"echo x >> ran\n" * 20)
+        self.assertEqual(proxy.refused, 3)  # asked once by each
+        self.drain("--count", "2")
+        self.assertEqual(self.counts(), {"completed": 20, "dead": 2})
+        self.assertEqual(len(self.lines("ran")), 20)
+        self.assertEqual(self.sql("SELECT DISTINCT attempt FROM runs"), [(1,)])
+        done = self.run_queuectl("db", "check").stdout.decode()
+        self.assertIn("each goes in a packet of its own", done)
+
+
 class ListeningProxy(Proxy):
     """A door that notes how many statements began with its words."""
 
