@@ -660,6 +660,16 @@ class ConnectionInfo:
         where = ",".join(hosts)
         return f"{self.database} at {where}"
 
+def say_new_target(old: ConnectionInfo, new: ConnectionInfo) -> str:
+    """Returns what the log is to say of another connection, or ""; no password."""
+    if old == new:
+        return ""
+    before = f"{old} as {old.user!r}"
+    now = f"{new} as {new.user!r}"
+    if before == now:
+        return f"the database is {now} as before, by another password or TLS setting"
+    return f"the database is {now} from now on; it was {before}"
+
 def find_connection(environment: Environment) -> ConnectionInfo:
     """Returns the database to use.
 
@@ -1551,6 +1561,8 @@ SETUP_CODES = {
     3159,  # the server wants TLS
     3635,  # the same as 3098, of a table in the transaction
 }
+# The account is refused, or the host that it comes from.
+ACCOUNT_CODES = {1044, 1045, 1130, 1698, 1862, 3118}
 CLASS_OF_CODE = {
     **dict.fromkeys(REPEAT_CODES, ErrorClass.REPEAT),
     **dict.fromkeys(RECONNECT_CODES, ErrorClass.RECONNECT),
@@ -1939,7 +1951,7 @@ class Cursor:
 
     def __init__(self, inner: cursors.Cursor, bytes_max: int,
                  read_committed: bool = True) -> None:
-        """One packet takes `bytes_max` bytes of deferred statements."""
+        """One packet takes `bytes_max` bytes of deferred statements; 0: none."""
         self._inner = inner
         self._bytes_max = bytes_max
         # What a transaction must see as it is now, although it has read
@@ -1951,8 +1963,15 @@ class Cursor:
         self.fetchone = inner.fetchone
         self.fetchall = inner.fetchall
         self._deferred: list[str] = []
-        # The rows matched by those that had waited for the last statement.
+        # The rows matched by those that had waited for the last statement, and
+        # by those of the next one that were sent already.
         self.counts: list[int] = []
+        self._early: list[int] = []
+
+    @property
+    def packs(self) -> bool:
+        """Whether statements may share a packet here."""
+        return self._bytes_max > 0
 
     def mogrify(self, statement: str, values: Values = ()) -> str:
         """Returns the statement as it is sent, with its values."""
@@ -2005,7 +2024,9 @@ class Cursor:
             return
         together = sum(map(sent_bytes, self._deferred)) + sent_bytes(text)
         if together > self._bytes_max:
-            self._send(self._deferred.pop())
+            matched = self._send(self._deferred.pop())
+            # The statement that these wait for is still to come.
+            self._early = [*self.counts, matched]
 
     def _send(self, statement: str) -> int:
         """Sends what waits and `statement` in one packet; reads all answers."""
@@ -2014,7 +2035,8 @@ class Cursor:
         self._deferred = []
         self._before([*waiting, statement])
         self._inner.execute(";\n".join([*waiting, statement]))
-        self.counts = []
+        self.counts = self._early
+        self._early = []
         # Each answer is read: only then is it known that the server did it,
         # and an unread one would be taken for the next statement's.
         for text in waiting:
@@ -2159,6 +2181,13 @@ class Session:
     host: int
     version: str
     packet_bytes: int
+    # Whether a packet may have several statements: a proxy may forbid it.
+    packs: bool = True
+
+    @property
+    def packed_bytes(self) -> int:
+        """How many bytes of statements may share a packet; 0: none may."""
+        return self.packet_bytes // 4 if self.packs else 0
 
     @property
     def mariadb(self) -> bool:
@@ -2185,12 +2214,16 @@ class Connector:
     def __init__(self, target: ConnectionInfo, route: Route,
                  bare: bool) -> None:
         """`bare` connects without naming a database, before there is one."""
-        self._target = target
+        self.target = target
         self._route = route
         self._bare = bare
         # A socket has no host, and goes through the same walk.
         self._hosts: Hosts = target.hosts or (("localhost", 0),)
         self._tls: ssl.SSLContext | None = None
+
+    def towards(self, target: ConnectionInfo) -> Connector:
+        """Returns the like of it for another server."""
+        return Connector(target, self._route, self._bare)
 
     def connect(self, policy: RetryPolicy, read_committed: bool) -> Session:
         """Returns a session on the first host that answers and takes writes.
@@ -2237,7 +2270,8 @@ class Connector:
         try:
             session = self._greet(connection, wire, at)
             if session:
-                self._set_up_session(session, policy, read_committed)
+                packs = self._set_up_session(session, policy, read_committed)
+                session = dataclasses.replace(session, packs=packs)
                 ready = True
             return session
         finally:
@@ -2247,8 +2281,8 @@ class Connector:
 
     def _open(self, at: int, policy: RetryPolicy, wire: Wire) -> Connection:
         """Returns a connection, with TLS as DB_SSL_MODE says."""
-        mode = self._target.ssl_mode
-        if self._target.socket or mode == "disabled":
+        mode = self.target.ssl_mode
+        if self.target.socket or mode == "disabled":
             return self._connect_once(at, policy, wire, None)
         try:
             return self._connect_once(at, policy, wire, self._tls_context())
@@ -2269,13 +2303,13 @@ class Connector:
             "dialog": RefuseClearText,
         }
         return _connection_class(wire)(
-            user=self._target.user,
+            user=self.target.user,
             # PyMySQL would encode a text as latin-1.
-            password=self._target.password.encode(),
+            password=self.target.password.encode(),
             host=host,
             port=port,
-            unix_socket=self._target.socket or None,
-            database=None if self._bare else self._target.database,
+            unix_socket=self.target.socket or None,
+            database=None if self._bare else self.target.database,
             charset="utf8mb4",
             # Without it the first SELECT would open a snapshot that a poll
             # never leaves. A transaction has its BEGIN.
@@ -2297,10 +2331,10 @@ class Connector:
         if self._tls is not None:
             return self._tls
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = self._target.ssl_mode == "verify_identity"
-        path = self._target.ssl_ca
+        context.check_hostname = self.target.ssl_mode == "verify_identity"
+        path = self.target.ssl_ca
         try:
-            if self._target.ssl_mode not in ("verify_ca", "verify_identity"):
+            if self.target.ssl_mode not in ("verify_ca", "verify_identity"):
                 context.verify_mode = ssl.CERT_NONE
             elif path:
                 context.load_verify_locations(path)
@@ -2330,8 +2364,11 @@ class Connector:
         return Session(connection, wire, at, str(version), packet_bytes)
 
     def _set_up_session(self, session: Session, policy: RetryPolicy,
-                        read_committed: bool) -> None:
-        """Sets the session's variables; raises a Problem for another schema."""
+                        read_committed: bool) -> bool:
+        """Sets the session's variables; raises a Problem for another schema.
+
+        Returns whether several statements may be sent in one packet.
+        """
         cursor = Cursor(session.connection.cursor(), 0)
         timeout_s = policy.timeout_s
         # Where a COMMIT hangs, there must be time to go to the next host.
@@ -2350,24 +2387,45 @@ class Connector:
         idle_s = int(4 * policy.timeout_s)
         # What a statement relies on is set here: the server's own defaults may
         # forbid an UPDATE, a join or a write, cut an answer, or end a session.
-        cursor.execute("SET SESSION sql_mode = 'STRICT_ALL_TABLES', "
-                       f"time_zone = '+00:00', {limit} = 0, completion_type = 0, "
-                       "autocommit = 1, sql_safe_updates = 0, "
-                       f"sql_big_selects = 1, sql_select_limit = {NO_LIMIT}, "
-                       f"innodb_lock_wait_timeout = {lock_wait_s}, "
-                       f"lock_wait_timeout = {lock_wait_s}, "
-                       f"wait_timeout = {idle_s}")
+        variables = (
+            "SET SESSION sql_mode = 'STRICT_ALL_TABLES', "
+            f"time_zone = '+00:00', {limit} = 0, completion_type = 0, "
+            "autocommit = 1, sql_safe_updates = 0, "
+            f"sql_big_selects = 1, sql_select_limit = {NO_LIMIT}, "
+            f"innodb_lock_wait_timeout = {lock_wait_s}, "
+            f"lock_wait_timeout = {lock_wait_s}, "
+            f"wait_timeout = {idle_s}")
         level = "REPEATABLE READ"
         if read_committed:
             level = "READ COMMITTED"
-        cursor.execute(
+        packs = _send_both(
+            session, variables,
             f"SET SESSION TRANSACTION ISOLATION LEVEL {level}, READ WRITE")
         # From here on the caller's own patience holds, no more the login's: it
         # is longer than a wait for a lock, and the next statement reads a table.
         patience = dataclasses.replace(policy, timeout_s=timeout_s)
         session.wire.answer_s = patience.answer_s
         if not self._bare:
-            check_schema(cursor.value(SCHEMA_ROW), self._target.database)
+            check_schema(cursor.value(SCHEMA_ROW), self.target.database)
+        return packs
+
+def _send_both(session: Session, one: str, two: str) -> bool:
+    """Does two statements, which may be done twice.
+
+    Returns whether they went in one packet: a proxy that shares connections
+    (MySQL Router) answers such a packet with an error.
+    """
+    cursor = Cursor(session.connection.cursor(), MANY_BYTES)
+    try:
+        cursor.defer(one)
+        cursor.execute(two)
+        return True
+    except _Driver().MySQLError as error:
+        if classify_error(error)[0] is not ErrorClass.BUG:
+            raise
+    cursor.execute(one)
+    cursor.execute(two)
+    return False
 
 def _as_driver_error(error: Exception) -> Exception:
     """Returns the error that PyMySQL should have raised while connecting."""
@@ -2432,7 +2490,10 @@ class Database:
     def __init__(self, target: ConnectionInfo, policy: RetryPolicy,
                  bare: bool = False, route: Route | None = None) -> None:
         """Connects to nothing yet; a bare one will not name the database."""
+        # Both of these may be exchanged at any time, by any thread.
         self.target = target
+        # Where the server refuses the account, this says what the target is now.
+        self.find_target: Callable[[], ConnectionInfo | None] | None = None
         # It may be exchanged at any time, and holds from the next try on.
         self.policy = policy
         self.route = route or Route()
@@ -2485,7 +2546,7 @@ class Database:
         tries.begun = True
         transaction = Transaction(
             session.connection.cursor(),
-            self.packet_bytes // 4,
+            session.packed_bytes,
             self.read_committed,
             tries)
         try:
@@ -2605,12 +2666,16 @@ class Database:
 
     def _cursor(self) -> Cursor:
         """Returns a cursor for statements that each commit by themselves."""
-        inner = self._ready_session().connection.cursor()
-        return Cursor(inner, self.packet_bytes // 4, self.read_committed)
+        session = self._ready_session()
+        inner = session.connection.cursor()
+        return Cursor(inner, session.packed_bytes, self.read_committed)
 
     def _ready_session(self) -> Session:
         """Returns the session; if there is none on the route's host, a new one.
         """
+        if self._connector.target != self.target:
+            self.close()
+            self._connector = self._connector.towards(self.target)
         session = self._session
         # Another connection of this process may have left that host.
         if session and session.host != self.route.first:
@@ -2660,6 +2725,9 @@ class Database:
         if error_class is ErrorClass.ROW:
             raise RowRefused(code, str(error.args[-1])) from None
         tries.failed(error_class)
+        # A password that was changed, say: perhaps we are to know it by now.
+        if code in ACCOUNT_CODES and self.find_target:
+            self.target = self.find_target() or self.target
         if _is_for_next_host(error, tries):
             self._connector.leave_host()
         self._back_off_or_raise(error_class, error, tries)
@@ -5389,6 +5457,66 @@ class Packer:
 
 # -- the turn
 
+class RefusedRows:
+    """The rows that the server refuses to write: found, set aside, and told.
+
+    A trigger may veto a job, and one such job is not to stop the others.
+    """
+    def __init__(self, database: Database, claimer: Claimer) -> None:
+        self.aside: set[tuple[int, str]] = set()  # runs whose row takes nothing
+        self._database, self._claimer = database, claimer
+        self._noted: set[str] = set()  # refusals that the log has
+
+    def set_aside_claim(self, refused: RowRefused) -> list[str]:
+        """Sets a pending job aside that the server let nobody claim.
+
+        Where it is not yet known which one it is, fewer are claimed at once.
+        Where nothing was claimed, it may be a row that was to be released.
+        """
+        if not self._claimer.seqs:
+            return self._release_one_by_one()
+        seq = self._claimer.narrow()
+        return [] if seq is None else [self._set_aside(seq, refused)]
+
+    def set_aside_run(self, claim: Claim, refused: RowRefused) -> str:
+        """Sets a job aside whose result is refused; returns what to say of it."""
+        if refuse(self._database, claim.seq, claim.token):
+            return f"job {claim.id} is dead: its result was refused: {refused}"
+        self.aside.add((claim.seq, claim.token))
+        return f"job {claim.id} stays as it is, its row is refused: {refused}"
+
+    def _set_aside(self, seq: int, refused: RowRefused) -> str:
+        """Sets a waiting job aside; returns what to say of it."""
+        became = "is dead" if refuse(self._database, seq, None) else "is passed over"
+        self._claimer.pass_over(seq)
+        return (f"the job with seq {seq} {became}, the database refuses to write "
+                f"its row: {refused}")
+
+    def _release_one_by_one(self) -> list[str]:
+        """Releases due rows singly, and sets those aside that are refused."""
+        notes = []
+        due = self._database.rows(
+            int, "SELECT seq FROM jobs FORCE INDEX (jobs_due) "
+            "WHERE state IN ('scheduled', 'failed') "
+            f"AND next_run_at <= UTC_TIMESTAMP(6) LIMIT {RELEASED_WHEN_DUE}")
+        for seq in due:
+            release = functools.partial(move, name="release", seqs=[seq])
+            try:
+                self._database.transact(release)
+            except RowRefused as refused:
+                notes.append(self._set_aside(seq, refused))
+        return notes
+
+    def bear(self, notes: list[str], what: str, work: Thunk) -> None:
+        """Does the work; where a row is refused, notes once what was not done."""
+        try:
+            work()
+        except RowRefused as refused:
+            text = f"{what}: {refused}"
+            if text not in self._noted:
+                self._noted.add(text)
+                notes.append(text)
+
 def resolve_dependents(resolver: DependentsResolver,
                        result: TurnResult) -> TurnResult:
     """Goes on with dependents that were left; returns the turn's result anew."""
@@ -5414,8 +5542,7 @@ class TurnTaker:
         # Of the present try: what it settled, and what it left of dependents.
         self._settlements: list[Settlement] = []
         self._resolution = Resolution()
-        self._aside: set[tuple[int, str]] = set()  # runs whose row takes nothing
-        self._noted: set[str] = set()  # refusals that the log has
+        self._refused = RefusedRows(database, self._claimer)
         self._state = ""  # as our row says
 
     def take(self, request: TurnRequest) -> TurnResult:
@@ -5438,7 +5565,12 @@ class TurnTaker:
         except RowRefused as refused:
             if request.ended or request.flushes:
                 return self._settle_one_by_one(request, refused)
-            return self._find_refused(request, refused)
+            # The refused try took our heartbeat back.
+            alive = self.database.read(
+                lambda cursor: self._raise_heartbeat(cursor, request.state))
+            due_s = 0.0 if self._claimer.seqs else REFUSED_AGAIN_S
+            notes = self._refused.set_aside_claim(refused)
+            return TurnResult(alive=alive, due_s=due_s, notes=notes)
         self._claimer.widen()
         self._packer.took(time.monotonic() - started)
         self.trimmer.add(result.settlements)
@@ -5499,18 +5631,13 @@ class TurnTaker:
     def _take_over(self, worker: str | None, heartbeat: int | None,
                    notes: list[str]) -> list[str] | None:
         """Takes over from one worker; notes once where a row is refused."""
-        try:
-            return self.take_over(worker, heartbeat)
-        except RowRefused as refused:
-            self._note_once(notes, f"runs of worker {worker} cannot be taken over: "
-                                   f"{refused}")
-            return None
-
-    def _note_once(self, notes: list[str], text: str) -> None:
-        """Adds a note for the log that it did not have yet."""
-        if text not in self._noted:
-            self._noted.add(text)
-            notes.append(text)
+        taken: list[str] | None = None
+        def work() -> None:
+            nonlocal taken
+            taken = self.take_over(worker, heartbeat)
+        what = f"runs of worker {worker} cannot be taken over"
+        self._refused.bear(notes, what, work)
+        return taken
 
     def _carry_out(self, request: TurnRequest,
                    snapshot: QueueSnapshot | None) -> TurnResult:
@@ -5702,52 +5829,7 @@ class TurnTaker:
             self._settle_now([(claim, without_output(outcome, str(refused)))])
             return f"job {claim.id}: its output could not be stored: {refused}"
         except RowRefused as error:
-            if refuse(self.database, claim.seq, claim.token):
-                return f"job {claim.id} is dead: its result was refused: {error}"
-            self._aside.add((claim.seq, claim.token))
-            return f"job {claim.id} stays as it is, its row is refused: {error}"
-
-    def _find_refused(self, request: TurnRequest,
-                      refused: RowRefused) -> TurnResult:
-        """Sets a pending job aside that the server let nobody claim.
-
-        Where it is not yet known which one it is, fewer are claimed at once. A
-        refusal that no claim is to blame for is only told.
-        """
-        # The refused try took our heartbeat back.
-        alive = self.database.read(
-            lambda cursor: self._raise_heartbeat(cursor, request.state))
-        none_claimed = not self._claimer.seqs
-        seq = self._claimer.narrow()
-        notes = []
-        if seq is not None:
-            dead = refuse(self.database, seq, None)
-            self._claimer.pass_over(seq)
-            became = "is dead" if dead else "is passed over"
-            notes.append(f"the job with seq {seq} {became}, the database refuses "
-                         f"to write its row: {refused}")
-        elif none_claimed:
-            notes += self._release_one_by_one()
-        due_s = REFUSED_AGAIN_S if none_claimed else 0.0
-        return TurnResult(alive=alive, due_s=due_s, notes=notes)
-
-    def _release_one_by_one(self) -> list[str]:
-        """Releases due rows singly, and sets those aside that are refused."""
-        notes = []
-        due = self.database.rows(
-            int, "SELECT seq FROM jobs FORCE INDEX (jobs_due) "
-            "WHERE state IN ('scheduled', 'failed') "
-            f"AND next_run_at <= UTC_TIMESTAMP(6) LIMIT {RELEASED_WHEN_DUE}")
-        for seq in due:
-            release = functools.partial(move, name="release", seqs=[seq])
-            try:
-                self.database.transact(release)
-            except RowRefused as refused:
-                if refuse(self.database, seq, None):
-                    notes.append(f"the job with seq {seq} is dead, the database "
-                                 f"refuses to write its row: {refused}")
-                self._claimer.pass_over(seq)
-        return notes
+            return self._refused.set_aside_run(claim, error)
 
     def _settle_now(self, ended: Sequence[Ended]) -> None:
         """Settles these runs, in as many transactions as it takes."""
@@ -5778,10 +5860,8 @@ class TurnTaker:
         self.trimmer.run()
         notes = [*result.notes]
         if self.purges:
-            try:
-                self._maintenance.run(self.settings)
-            except RowRefused as refused:
-                self._note_once(notes, f"maintenance was refused: {refused}")
+            run = functools.partial(self._maintenance.run, self.settings)
+            self._refused.bear(notes, "maintenance was refused", run)
         return dataclasses.replace(result, snapshot=snapshot, lost=lost,
                                    orphaned=orphaned, notes=notes)
 
@@ -5789,7 +5869,7 @@ class TurnTaker:
         """Hands back rows under our id that we do not run: a read-back had failed."""
         known = {*request.running,
                  *((claim.seq, claim.token) for claim, _ in request.ended)}
-        unknown = [seq for seq, _ in snapshot.runs.keys() - known - self._aside]
+        unknown = [seq for seq, _ in snapshot.runs.keys() - known - self._refused.aside]
         if not unknown:
             return
         condition = SqlCondition("worker = %s AND seq IN %s",
@@ -5801,7 +5881,7 @@ class TurnTaker:
             try:
                 self._settle_now([(job.claim, handed_back)])
             except RowRefused:
-                self._aside.add((job.claim.seq, job.claim.token))
+                self._refused.aside.add((job.claim.seq, job.claim.token))
 
 
 # ---- queries -----------------------------------------------------------------
@@ -6888,11 +6968,14 @@ def _stay_silent(text: str) -> None:
 class Doorbell:
     """A thread that parks a sleep when told to, and says when it was ended."""
     def __init__(self, target: ConnectionInfo, note: str,
-                 rung: Callable[[], None], route: Route | None = None) -> None:
+                 rung: Callable[[], None], route: Route | None = None,
+                 find_target: Callable[[], ConnectionInfo | None] | None = None,
+                 ) -> None:
         """Starts the thread, which calls `rung` whenever it was rung.
 
         `note` is the worker's id and its queues, as in PARKED. With `route`
-        the sleep is parked on the host that the worker itself uses.
+        the sleep is parked on the host that the worker itself uses;
+        `find_target` is asked where the server refuses the account.
         """
         # The server answers when the sleep is over, and not before.
         policy = RetryPolicy(
@@ -6900,6 +6983,7 @@ class Doorbell:
             timeout_s=1.5 * PARKED_S,
             say=_stay_silent)
         self._database = Database(target, policy, route=route)
+        self._database.find_target = find_target
         self._note = f"{DOORBELL} {note}"
         self._rung = rung
         self._wanted = threading.Event()
@@ -6915,6 +6999,10 @@ class Doorbell:
             return False
         self._wanted.set()
         return True
+
+    def use_target(self, target: ConnectionInfo) -> None:
+        """Has the next sleep be parked there."""
+        self._database.target = target
 
     def leave(self) -> None:
         """Lets the sleep that is parked be the last."""
@@ -8257,19 +8345,30 @@ def watch(selector: selectors.BaseSelector, handle: int,
     """Has the loop call `act` whenever `handle` is readable."""
     selector.register(handle, selectors.EVENT_READ, act)
 
-def reread(say: Callable[[str], None]) -> Environment | None:
-    """Returns the environment and `.env` as they are now.
+def reread(
+        say: Callable[[str], None]) -> tuple[Environment, ConnectionInfo] | None:
+    """Returns the environment and `.env` as they are now, and where they say
+    that the database is.
 
     Where they are wrong, it says so and returns None.
     """
     try:
         environment = Environment.read()
         load_settings(environment, {})
+        target = find_connection(environment)
     # Whatever stands in those files: the work goes on.
     except (Problem, OSError, ValueError) as error:
         say(f"{error}; settings are kept as they were")
         return None
-    return environment
+    return environment, target
+
+def reread_target() -> ConnectionInfo | None:
+    """Returns where the database is by now, or None where that cannot be read."""
+    found = reread(_say_nothing)
+    return found[1] if found else None
+
+def _say_nothing(text: str) -> None:
+    """Stands in for `say` where another process tells the same."""
 
 # -- what a worker is about, and what it waits for
 
@@ -8471,6 +8570,7 @@ class Membership:
         """Knows how to reach the database; nothing is entered yet."""
         self.environment = options.environment
         self.route = Route()
+        self._target = options.target
         self._options = options
         self._context = context
         # One worker process tells of an outage for all of the supervisor's.
@@ -8498,6 +8598,22 @@ class Membership:
     def settings(self) -> Settings:
         """The settings as they are now."""
         return self._turns.settings
+
+    def reload(self, environment: Environment, target: ConnectionInfo) -> None:
+        """Has what follows use these; a try that is under way goes on."""
+        self.environment = environment
+        self._target = target
+        self._turns.database.target = target
+
+    def _find_target(self) -> ConnectionInfo | None:
+        """Returns where the database is now, for a server that refuses us."""
+        target = reread_target()
+        if target:
+            said = say_new_target(self._target, target)
+            if said:
+                self._policy.say(said)
+            self._target = target
+        return target
 
     def use_settings(self, settings: Settings) -> None:
         """Has the next turn use these settings."""
@@ -8606,8 +8722,8 @@ class Membership:
         """Returns what takes a new worker's turns, and signs the registry."""
         identity = self._new_identity()
         self._context.registry.sign(identity.id)
-        target = self._options.target
-        database = Database(target, self._policy, route=self.route)
+        database = Database(self._target, self._policy, route=self.route)
+        database.find_target = self._find_target
         skip_locked = self.environment.get("QUEUECTL_SKIP_LOCKED")
         switched_off = skip_locked.lower() in ("off", "0", "no")
         turns = TurnTaker(database, identity, not switched_off)
@@ -8633,9 +8749,6 @@ class Membership:
             slots=self._context.slots,
             queues=self._options.queues)
 
-def _say_nothing(text: str) -> None:
-    """Stands in for `say` where another process tells the same."""
-
 # How long a sleep takes in the server until others can find it.
 PARKING_S = 0.005
 
@@ -8653,9 +8766,16 @@ class WakeCalls:
         self.listener = context.siblings.listener(context.number)
         self.doorbell: Doorbell | None = None  # made when it is first parked
         self._options = options
+        self._target = options.target
         self._siblings = context.siblings
         self._number = context.number
         self._wake_end = wake_end
+
+    def use_target(self, target: ConnectionInfo) -> None:
+        """Has the next sleep be parked there."""
+        self._target = target
+        if self.doorbell:
+            self.doorbell.use_target(target)
 
     def on_sibling(self) -> None:
         """Hears a sibling's call, once `listener` is readable."""
@@ -8675,11 +8795,10 @@ class WakeCalls:
                 self.doorbell.leave()
             return False
         if not self.doorbell:
-            options = self._options
-            queues = ",".join(options.queues) or "-"
+            queues = ",".join(self._options.queues) or "-"
             note = f"{worker} {queues}"
-            self.doorbell = Doorbell(options.target, note, self._on_rung,
-                                     route)
+            self.doorbell = Doorbell(self._target, note, self._on_rung, route,
+                                     reread_target)
         return self.doorbell.park()
 
     def call_siblings(self, snapshot: QueueSnapshot, all_busy: bool) -> None:
@@ -9293,9 +9412,11 @@ class Worker:
             elif number == STOP_NOW_SIGNAL:
                 self._stop_now(FORCED_WAIT_S)
             elif number == signal.SIGHUP:
-                environment = reread(self.options.say)
-                if environment:
-                    self._membership.environment = environment
+                found = reread(_say_nothing)
+                if found:
+                    environment, target = found
+                    self._membership.reload(environment, target)
+                    self._wake_calls.use_target(target)
                 self._timers.snapshot_at = 0.0
 
     def _on_orphaned(self) -> None:
@@ -10070,11 +10191,15 @@ class Supervisor:
     def _reload(self) -> None:
         """Reads the settings again, and has the workers do so."""
         self.options.say("SIGHUP: reading the settings again")
-        environment = reread(self.options.say)
-        if environment:
+        found = reread(self.options.say)
+        if found:
+            environment, target = found
+            said = say_new_target(self.options.target, target)
+            if said:
+                self.options.say(said)
             # Workers that are forked from now on begin with it.
             self.options = dataclasses.replace(
-                self.options, environment=environment)
+                self.options, environment=environment, target=target)
             self._signal(signal.SIGHUP)
 
     def _kill_if_due(self) -> None:
@@ -11162,6 +11287,7 @@ def check_all(target: ConnectionInfo, settings: Settings) -> Iterator[Check]:
             return
         yield from _check_server(one)
         yield from _check_locks(one, two)
+        yield _check_packets(one)
         yield _check_rights(one)
         yield _check_doorbell(one, settings)
         yield from _check_work(JobQueries(one, settings))
@@ -11285,6 +11411,17 @@ def _check_packet(variables: ServerVariables) -> Check:
         "packet", packet_mib >= PACKET_MIB_MIN,
         f"max_allowed_packet {packet_mib} MiB",
         "set it to 16 MiB or more: else large output is not stored")
+
+def _check_packets(database: Database) -> Check:
+    """Returns whether statements share packets, and so round trips."""
+    packs = database.read(lambda cursor: cursor.packs)
+    found = "several go in one packet"
+    if not packs:
+        found = "each goes in a packet of its own"
+    return Check(
+        "statements", packs, found,
+        "work is right, only slower: MySQL Router forbids them by "
+        "connection_sharing=1")
 
 # So many are to be left for people, and for whatever else uses the server.
 SPARE_CONNECTIONS = 10

@@ -3400,6 +3400,50 @@ class RefusedCommits(WorkCase):
         self.assertIn("queuectl db init", self.errors)
 
 
+class SinglesProxy(Proxy):
+    """A door that answers packets of several statements as MySQL Router may."""
+
+    refused = 0
+
+    def _pump(self, source: socket.socket, to: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                data = source.recv(1 << 20)
+                if not data:
+                    break
+                several = data[4:5] == b"\x03" and b";\n" in data
+                if several and to.family == socket.AF_UNIX:
+                    self.refused += 1
+                    text = b"\xff" + struct.pack("<H", 4501) + b"#HY000forbidden"
+                    source.sendall(struct.pack("<I", len(text))[:3] + b"\x01" + text)
+                else:
+                    to.sendall(data)
+        for one in (source, to):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+
+class SingleStatements(WorkCase):
+    """A proxy that forbids packets of several statements."""
+
+    def test_where_packets_of_several_statements_are_forbidden_they_go_singly(
+        self,
+    ) -> None:
+        proxy = SinglesProxy(self.server.socket)
+        self.addCleanup(proxy.close)
+        self.environment.update(proxy.variables())
+        self.queuectl("enqueue", "--id", "a", "--max-retries", "0", "-c", "exit 1")
+        self.queuectl("enqueue", "--after", "a", "-c", "true")
+        self.queuectl("enqueue", "-q", "--lines", "-", stdin=b"echo x >> ran\n" * 20)
+        self.assertEqual(proxy.refused, 3)  # asked once by each
+        self.drain("--count", "2")
+        self.assertEqual(self.counts(), {"completed": 20, "dead": 2})
+        self.assertEqual(len(self.lines("ran")), 20)
+        self.assertEqual(self.sql("SELECT DISTINCT attempt FROM runs"), [(1,)])
+        done = self.run_queuectl("db", "check").stdout.decode()
+        self.assertIn("each goes in a packet of its own", done)
+
+
 class ListeningProxy(Proxy):
     """A door that notes how many statements began with its words."""
 
@@ -4588,6 +4632,51 @@ class StopAndReload(WorkCase):
         late = self.put("sleep 60", max_retries=0)
         self.wait_state(late, State.DEAD)
         self.assertEqual(self.reasons(late), ["timeout"])
+
+    def test_hup_and_a_refused_account_lead_to_another_address_and_account(
+        self,
+    ) -> None:
+        def write(user: str, password: str, **more: object) -> None:
+            account = {"DB_USER": user, "DB_PASSWORD": password, **address, **more}
+            with open(self.path(".env"), "w") as file:
+                file.writelines(f"{name}={value}\n" for name, value in account.items())
+
+        proxies = [Proxy(self.server.socket) for _ in range(2)]
+        for proxy in proxies:
+            self.addCleanup(proxy.close)
+        first, second = (proxy.variables() for proxy in proxies)
+        address: dict[str, str] = {}
+        for name in ("DB_SOCKET", "DB_USER", "DB_PASSWORD"):
+            del self.environment[name]
+        for name, secret in (("queuectl_one", "b3fore"), ("queuectl_two", "sec0nd")):
+            self.sql(f"CREATE USER {name} IDENTIFIED BY %s", secret)
+            self.addCleanup(self.sql, f"DROP USER {name}")
+            self.sql(f"GRANT ALL ON queuectl.* TO {name}")
+        address = {**first, "DB_SSL_MODE": "preferred"}
+        write("queuectl_one", "b3fore")
+        worker = self.worker()
+        self.wait_state(self.put("true"), State.COMPLETED)
+        # The server has moved, and is asked for as another account.
+        address = {**second, "DB_SSL_MODE": "preferred"}
+        write("queuectl_two", "sec0nd")
+        proxies[0].refuse()
+        proxies[0].cut()
+        worker.signal(signal.SIGHUP)
+        self.wait_state(self.put("true"), State.COMPLETED, 10)
+        self.assertIn(
+            f"the database is queuectl at 127.0.0.1:{second['DB_PORT']} as "
+            "'queuectl_two' from now on; it was queuectl at "
+            f"127.0.0.1:{first['DB_PORT']} as 'queuectl_one'",
+            worker.said(),
+        )
+        # The password is changed, and nobody tells the worker.
+        self.sql("ALTER USER queuectl_two IDENTIFIED BY %s", "aft3r")
+        write("queuectl_two", "aft3r")
+        proxies[1].cut()
+        self.wait_state(self.put("true"), State.COMPLETED, 10)
+        self.assertIn("another password", worker.said())
+        for secret in ("b3fore", "sec0nd", "aft3r"):
+            self.assertNotIn(secret, worker.said())
 
     def test_hup_ends_no_daemon_whose_directory_was_deleted(self) -> None:
         gone = self.path("release")
