@@ -3564,8 +3564,9 @@ def write_history(cursor: Cursor, packet_bytes: int, found: Iterable[Ended]) -> 
 
 def _output_to_store(outcome: RunOutcome, packet_bytes: int) -> bytes:
     """Returns what is stored of a run's output: what followers need, if it fits."""
-    # Its bytes are sent as hexadecimal digits, two for each.
-    fits = 2 * len(outcome.to_follow) <= packet_bytes // 2
+    # Its bytes are sent as hexadecimal digits, two for each; the rest of the
+    # row and of the statement is small.
+    fits = 2 * len(outcome.to_follow) + 65536 <= packet_bytes
     if outcome.to_follow and fits:
         return outcome.to_follow
     return outcome.output
@@ -5435,7 +5436,7 @@ class Packer:
         shown: list[Ended] = []
         unflushed: list[tuple[int, str]] = []
         for claim, outcome in flushes:
-            left -= len(outcome.output)
+            left -= self._bytes_of((claim, outcome))
             first = not taken and not shown and not tries.slow
             if left > 0 or first:
                 shown.append((claim, outcome))
@@ -7535,11 +7536,6 @@ class OutputBuffer:
         self._tail = bytearray()
 
     @property
-    def is_cut(self) -> bool:
-        """Whether more came than is kept."""
-        return self.total > self._limit
-
-    @property
     def _followed_max(self) -> int:
         """How many bytes of the last part are there for those who follow."""
         return FOLLOWED_LIMITS * self._limit
@@ -7561,24 +7557,28 @@ class OutputBuffer:
     # Let the limit be 200, and 1000 bytes be written, so that the cut mark has
     # 55: the head is bytes 0 to 99.
     #
-    #     kept()      0..99, mark, 955..999   in all 200
-    #     kept(True)  0..99, mark, 255..999   the mark and 745 are 4 * 200
+    #     kept()       0..99, mark, 955..999   in all 200
+    #     to_follow()  0..99, mark, 255..999   the mark and 745 are 4 * 200
     #
     # The mark counts as part of the tail. Let the limit be 10, and 30 bytes be
     # written: the head is bytes 0 to 4, and the mark has more bytes than the 5
     # that a tail may have.
     #
-    #     kept()      0..4, mark              the mark is never cut
-    #     kept(True)  0..29                   no more than 5 + 4 * 10: no cut
+    #     kept()       0..4, mark              the mark is never cut
+    #     to_follow()  0..29                   no more than 5 + 4 * 10: no cut
 
-    def kept(self, to_follow: bool = False) -> bytes:
-        """Returns what is kept: all, or head, cut mark and tail.
+    def kept(self) -> bytes:
+        """Returns what is kept: all, or head, cut mark and tail."""
+        return self._with_tail(self._limit - self._head_max)
 
-        With `to_follow` it is what those need who follow a run that goes on.
-        """
-        tail_max = self._limit - self._head_max
-        if to_follow:
-            tail_max = self._followed_max
+    def to_follow(self) -> bytes:
+        """Returns what those need who follow the run; b"" if they need no more."""
+        if self.total <= self._limit:
+            return b""
+        return self._with_tail(self._followed_max)
+
+    def _with_tail(self, tail_max: int) -> bytes:
+        """Returns all, or the head and `tail_max` bytes of cut mark and tail."""
         if self.total <= self._head_max + tail_max:
             return bytes(self._head + self._tail)
         mark = cut_mark(self.total)
@@ -7946,8 +7946,9 @@ class RunningJob:
         buffer = self._output.buffer
         so_far = RunOutcome(
             None,
-            output=buffer.kept(to_follow=True),
-            output_bytes=buffer.total)
+            output=buffer.kept(),
+            output_bytes=buffer.total,
+            to_follow=buffer.to_follow())
         return self.job.claim, so_far
 
     def put_off_flush(self) -> None:
@@ -8072,9 +8073,6 @@ class RunningJob:
         if ended is None:
             ended = time.monotonic()
         buffer = self._output.buffer
-        to_follow = b""
-        if buffer.is_cut:
-            to_follow = buffer.kept(to_follow=True)
         return RunOutcome(
             reason,
             exit_code,
@@ -8082,7 +8080,7 @@ class RunningJob:
             duration_s=ended - self._times.started,
             output=buffer.kept(),
             output_bytes=buffer.total,
-            to_follow=to_follow)
+            to_follow=buffer.to_follow())
 
     def _reason_and_code(self) -> tuple[Reason, int | None, str]:
         """Returns why it ended, its exit code if any, and a detail or ""."""
