@@ -3861,22 +3861,23 @@ def refuse(database: Database, seq: int, token: str | None) -> bool:
     server refuses even this. The dead letter is written where it is taken.
     """
     name = "refuse unrun" if token is None else "refuse"
-    def set_aside(cursor: Cursor) -> int:
-        return move(cursor, name, [seq], tokens=[token or ""], token=None,
-                    reason=Reason.REFUSED, next_run_at=NOT_LATER_SQL,
-                    finished_at=NOW_SQL)
+    def set_aside(cursor: Cursor) -> None:
+        move(cursor, name, [seq], tokens=[token or ""], token=None,
+             reason=Reason.REFUSED, next_run_at=NOT_LATER_SQL, finished_at=NOW_SQL)
     def tell_others(cursor: Cursor) -> None:
         """Writes what follows from its death; of many dependents the first."""
+        died = "SELECT 1 FROM jobs WHERE seq = %s AND state = 'dead' AND reason = %s"
+        if not cursor.rows(int, died, seq, Reason.REFUSED):
+            return
         write_dead_letters(cursor, {seq: None})
         release_children(cursor, dependents_of([seq]))
     try:
-        died = database.transact(set_aside)
+        database.transact(set_aside)
     except RowRefused:
         return False
     # Without it the job is in no list of the dead, and dead all the same.
-    if died:
-        with contextlib.suppress(RowRefused):
-            database.transact(tell_others)
+    with contextlib.suppress(RowRefused):
+        database.transact(tell_others)
     return True
 
 
@@ -4410,6 +4411,39 @@ class QueueCapacity(NamedTuple):
     name: str
     free: int | None
 
+class Refusals:
+    """What the server's refusals of rows have taught us."""
+    def __init__(self) -> None:
+        """Nothing was refused yet."""
+        # So many may be claimed at once: few after a refusal, to find whose it
+        # was.
+        self.at_most = sys.maxsize
+        # Rows that the server lets nobody write.
+        self._passed_over: set[int] = set()
+
+    def narrow(self, seqs: Sequence[int]) -> int | None:
+        """Has fewer claimed at once, after these were refused together.
+
+        Returns the seq of the job that is to blame, once it was alone.
+        """
+        self.at_most = max(1, len(seqs) // 2)
+        return seqs[0] if len(seqs) == 1 else None
+
+    def widen(self) -> None:
+        """Has more claimed at once again, after a try that was taken."""
+        self.at_most = min(2 * self.at_most, sys.maxsize)
+
+    def pass_over(self, seq: int) -> None:
+        """Has this row never touched again."""
+        self._passed_over.add(seq)
+
+    def and_not_refused(self) -> str:
+        """Returns the end of a WHERE that leaves out what is passed over."""
+        if not self._passed_over:
+            return ""
+        seqs = ", ".join(map(str, sorted(self._passed_over)))
+        return f"AND seq NOT IN ({seqs})"
+
 class Claimer:
     """Claims jobs for one worker, turn by turn.
 
@@ -4432,34 +4466,7 @@ class Claimer:
         self._has_more = False  # whether there are queues beyond the list
         self._limits: dict[str, int | None] = {}
         self._positions: dict[str, Position] = {}
-        # Rows that the server lets nobody write: they are passed over.
-        self._passed_over: set[int] = set()
-        # So many are claimed at once; few after a refusal, to find whose it was.
-        self._at_most = sys.maxsize
-
-    def narrow(self) -> int | None:
-        """Has fewer claimed at once, after a try that the server refused.
-
-        Returns the seq of the job that is to blame, once it was alone.
-        """
-        alone = self.seqs[0] if len(self.seqs) == 1 else None
-        self._at_most = max(1, len(self.seqs) // 2)
-        return alone
-
-    def widen(self) -> None:
-        """Has more claimed at once again, after a try that was taken."""
-        self._at_most = min(2 * self._at_most, sys.maxsize)
-
-    def pass_over(self, seq: int) -> None:
-        """Never touches this row again."""
-        self._passed_over.add(seq)
-
-    def but_refused(self) -> str:
-        """Returns the end of a WHERE that leaves out what is passed over."""
-        if not self._passed_over:
-            return ""
-        seqs = ", ".join(map(str, sorted(self._passed_over)))
-        return f"AND seq NOT IN ({seqs})"
+        self.refusals = Refusals()
 
     def begin_turn(self) -> None:
         """Makes the token for what this turn claims: random, and never used again."""
@@ -4498,7 +4505,7 @@ class Claimer:
         capacity = self._free_capacity(cursor)
         # First to each queue its share, rounded up; then the rest to who has
         # more.
-        wanted = min(wanted, self._at_most)
+        wanted = min(wanted, self.refusals.at_most)
         open_queues = [name for name in self._queues if capacity.get(name) != 0]
         share = -(-wanted // max(1, len(open_queues)))
         for at_most in sorted({share, wanted}):
@@ -4639,13 +4646,14 @@ class Claimer:
             order, seq = reached
             later = f"claim_order = {order} AND seq > {seq}"
             condition = f"AND (claim_order > {order} OR ({later}))"
+        and_not_refused = self.refusals.and_not_refused()
         found = cursor.records(
             Candidate,
             f"""
             SELECT seq, losses, claim_order,
                    TIMESTAMPDIFF(MICROSECOND, NOW(6), SYSDATE(6)) AS found_after_us
               FROM jobs FORCE INDEX (jobs_claim)
-             WHERE state = 'pending' AND queue = %s {condition} {self.but_refused()}
+             WHERE state = 'pending' AND queue = %s {condition} {and_not_refused}
              ORDER BY claim_order, seq LIMIT {wanted}
                FOR UPDATE SKIP LOCKED
             """, name)
@@ -4663,7 +4671,7 @@ class Claimer:
         A job that must run alone waits until a process is idle and nothing
         else waits.
         """
-        where = f"queue = %s {self.but_refused()}"
+        where = f"queue = %s {self.refusals.and_not_refused()}"
         ordinary = SqlCondition(f"{where} AND losses < {ALONE_AFTER_LOSSES}", [name])
         alone = SqlCondition(f"{where} AND losses >= {ALONE_AFTER_LOSSES}", [name])
         worker = self._identity.id
@@ -5476,7 +5484,7 @@ class RefusedRows:
         """
         if not self._claimer.seqs:
             return self._release_one_by_one()
-        seq = self._claimer.narrow()
+        seq = self._claimer.refusals.narrow(self._claimer.seqs)
         return [] if seq is None else [self._set_aside(seq, refused)]
 
     def set_aside_run(self, claim: Claim, refused: RowRefused) -> str:
@@ -5489,7 +5497,7 @@ class RefusedRows:
     def _set_aside(self, seq: int, refused: RowRefused) -> str:
         """Sets a waiting job aside; returns what to say of it."""
         became = "is dead" if refuse(self._database, seq, None) else "is passed over"
-        self._claimer.pass_over(seq)
+        self._claimer.refusals.pass_over(seq)
         return (f"the job with seq {seq} {became}, the database refuses to write "
                 f"its row: {refused}")
 
@@ -5572,7 +5580,7 @@ class TurnTaker:
             due_s = 0.0 if self._claimer.seqs else REFUSED_AGAIN_S
             notes = self._refused.set_aside_claim(refused)
             return TurnResult(alive=alive, due_s=due_s, notes=notes)
-        self._claimer.widen()
+        self._claimer.refusals.widen()
         self._packer.took(time.monotonic() - started)
         self.trimmer.add(result.settlements)
         if not result.alive:
@@ -5754,7 +5762,7 @@ class TurnTaker:
             seqs = cursor.rows(
                 int, "SELECT seq FROM jobs FORCE INDEX (jobs_due) "
                 "WHERE state = %s AND next_run_at <= UTC_TIMESTAMP(6) "
-                f"{self._claimer.but_refused()} "
+                f"{self._claimer.refusals.and_not_refused()} "
                 f"ORDER BY next_run_at LIMIT {RELEASED_WHEN_DUE} "
                 f"FOR UPDATE {self.database.skip_locked(cursor)}", state)
             released += len(seqs)
