@@ -1181,6 +1181,16 @@ class Claim:
     permanent_exit_codes: frozenset[int]
 
     @property
+    def key(self) -> tuple[int, str]:
+        """What names this run in the database."""
+        return self.seq, self.token
+
+    @property
+    def run_tag(self) -> str:
+        """What names this run in the environment of its processes."""
+        return f"{self.token}-{self.seq}"
+
+    @property
     def alone(self) -> bool:
         """Whether this run shares its worker process with no other."""
         return self.losses >= ALONE_AFTER_LOSSES
@@ -3318,9 +3328,12 @@ def abbreviated(names: Sequence[str]) -> str:
 
 # ---- transitions -------------------------------------------------------------
 #
-# The one writer of `jobs.state`. A move names its transition, and its WHERE is
-# built from TRANSITIONS: the states that it may leave and, for a run, the
-# token. So a worker that lost a run changes nothing, whatever it believes.
+# The one writer of `jobs.state`, but for a job's first, which enqueue INSERTs. A
+# move names its transition, and its WHERE is built from TRANSITIONS: the states
+# that it may leave and, for a run, the token: random, and one for all jobs of a
+# turn, so that (seq, token) names a run. So a worker that lost a run changes
+# nothing, whatever it believes; and where the answer to a COMMIT is lost,
+# `TurnTaker._verify_turn` looks whether it stands.
 # With a job's end come its history, its dead letter, and what becomes of the
 # jobs that wait for it.
 
@@ -3340,8 +3353,10 @@ def move(cursor: Cursor, name: str, seqs: Sequence[int], *,
     """Moves jobs by one transition, and returns how many it moved.
 
     Left alone is what is not in a state that the transition may leave or,
-    where it needs one, does not carry one of `tokens`. `columns` are set
-    along, from the row as it was: the state itself is written last.
+    where it needs one, does not carry one of `tokens`. These are not matched
+    with `seqs` one to one: who moves several runs has locked their rows, and
+    compared seq and token of each. `columns` are set along, from the row as it
+    was: the state itself is written last.
     """
     statement, values = _move_sql(name, to, columns)
     where, bound = _guard_sql(name, tokens)
@@ -3591,7 +3606,7 @@ def write_dead_letters(cursor: Cursor, dead: Mapping[int, str | None]) -> None:
     """Writes the dead letters of jobs that have just died, each with its last
     line.
 
-    A job that was dead before, and revived by hand, may have one: it is
+    A job that somebody's own UPDATE brought back may have one of before: it is
     written over.
     """
     seqs, lines = list(dead), list(dead.values())
@@ -4374,7 +4389,10 @@ def _lock_ids(cursor: Cursor, only: str,
 # Taking pending jobs for one worker: how much of each queue may run, marking
 # rows with a fresh token, and reading back after COMMIT which of them really
 # carry it. Only those may start: that holds even where SKIP LOCKED locks
-# nothing. SKIP LOCKED is for speed.
+# nothing. SKIP LOCKED is for speed. So a claim starts at most once. After a loss
+# the next run may overlap the old one, if its worker lives on unreachable: that
+# ends its runs when it hears of it. A worker that stood still between a claim
+# and a start hands back instead: see Timers.start_by.
 
 # Slower than this inside the server, a claim has walked over many dead entries.
 SLOW_CLAIM_US = 20_000
@@ -4623,13 +4641,23 @@ class Claimer:
         if not self._locks(cursor):
             return self._claim_by_update(cursor, name, wanted, idle)
         alone = False
-        for job in self._candidates(cursor, name, wanted):
+        taken: list[Candidate] = []
+        found = self._candidates(cursor, name, wanted)
+        for job in found:
             alone = job.losses >= ALONE_AFTER_LOSSES
-            if not alone or (idle and not self.seqs):
-                self.seqs.append(job.seq)
+            if not alone or (idle and not self.seqs and not taken):
+                taken.append(job)
             if alone:
                 break
+        if taken:
+            self._note_position(name, taken[-1], found[-1].found_after_us)
+        self.seqs += [job.seq for job in taken]
         return not alone
+
+    def _note_position(self, name: str, last: Candidate, server_us: int) -> None:
+        """Has the next claim in a queue begin behind `last`, if this one was slow."""
+        if name in self._positions or server_us > SLOW_CLAIM_US:
+            self._positions[name] = Position(last.claim_order, last.seq)
 
     def _candidates(self, cursor: Cursor, name: str, wanted: int) -> list[Candidate]:
         """Locks and returns the next pending jobs of a queue.
@@ -4647,7 +4675,7 @@ class Claimer:
             later = f"claim_order = {order} AND seq > {seq}"
             condition = f"AND (claim_order > {order} OR ({later}))"
         and_not_refused = self.refusals.and_not_refused()
-        found = cursor.records(
+        return cursor.records(
             Candidate,
             f"""
             SELECT seq, losses, claim_order,
@@ -4657,11 +4685,6 @@ class Claimer:
              ORDER BY claim_order, seq LIMIT {wanted}
                FOR UPDATE SKIP LOCKED
             """, name)
-        if found:
-            last = found[-1]
-            if reached or last.found_after_us > SLOW_CLAIM_US:
-                self._positions[name] = Position(last.claim_order, last.seq)
-        return found
 
     def _claim_by_update(self, cursor: Cursor, name: str, wanted: int,
                          idle: bool) -> bool:
@@ -4970,7 +4993,7 @@ def take_over_but(database: Database, settings: Settings, worker: str,
         settlements = []
         kept = []
         for claim in (job.claim for job in jobs):
-            pid = surviving.get(f"{claim.token}-{claim.seq}")
+            pid = surviving.get(claim.run_tag)
             if pid is None:
                 lost = RunOutcome(Reason.LOST)
                 settlements.append(decide_settlement(claim, lost, settings))
@@ -5214,9 +5237,10 @@ class Maintenance:
 
 # ---- turn --------------------------------------------------------------------
 #
-# One round of a worker with the database: at most one transaction, always in
-# the same lock order, which `TurnTaker._transaction` shows. Around it, now and
-# then, a look at the queue by one statement. A batch grows with the load by
+# One round of a worker with the database. Its core is one transaction, always in
+# the same lock order, which `TurnTaker._transaction` shows. Before it, now and
+# then, comes a look at the queue by one statement, and after it, in transactions
+# of their own, what the look shows to be owed. A batch grows with the load by
 # itself: all that ended since the last turn is settled in this one, and as
 # much is claimed as there are slots.
 
@@ -5365,8 +5389,8 @@ def is_drained(cursor: Cursor, served: Sequence[str]) -> bool:
     """Returns whether these queues, paused ones aside, hold nothing that may
     still run.
 
-    No queue named means all. What is `scheduled` is not waited for, nor what
-    is blocked by it alone.
+    No queue named means all. What is `scheduled` is not waited for, unless a
+    blocked job waits for it.
     """
     paused = cursor.rows(str, "SELECT name FROM queues WHERE paused_at > 0")
     # Names as values, and not a subquery: the index then passes over a paused
@@ -5413,7 +5437,7 @@ class Packer:
     heartbeat came through right before it, else it is the server that hangs,
     and not the wire.
     """
-    FIRST_BYTES, MOST_BYTES = 256 << 10, 64 << 20
+    LEAST_BYTES, FIRST_BYTES, MOST_BYTES = 1 << 10, 256 << 10, 64 << 20
     FAST_S = 0.5  # what was carried in less may be doubled
 
     def __init__(self) -> None:
@@ -5426,7 +5450,8 @@ class Packer:
         last = self.load.ended
         if tries.slow and len(last) > 1:
             sent = sum(map(self._bytes_of, last))
-            self._bytes_at_once = sent // 2
+            # Results without output are sent however little that is.
+            self._bytes_at_once = max(sent // 2, self.LEAST_BYTES)
         left = self._bytes_at_once
         taken: list[Ended] = []
         for claim, outcome in ended:
@@ -5449,7 +5474,7 @@ class Packer:
             if left > 0 or first:
                 shown.append((claim, outcome))
             else:
-                unflushed.append((claim.seq, claim.token))
+                unflushed.append(claim.key)
         self.load = Load(taken, shown, ended[len(taken):], unflushed)
         return self.load
 
@@ -5491,7 +5516,7 @@ class RefusedRows:
         """Sets a job aside whose result is refused; returns what to say of it."""
         if refuse(self._database, claim.seq, claim.token):
             return f"job {claim.id} is dead: its result was refused: {refused}"
-        self.aside.add((claim.seq, claim.token))
+        self.aside.add(claim.key)
         return f"job {claim.id} stays as it is, its row is refused: {refused}"
 
     def _set_aside(self, seq: int, refused: RowRefused) -> str:
@@ -5726,10 +5751,10 @@ class TurnTaker:
         ours = lock_runs(cursor, seqs)
         write_history(cursor, self.database.packet_bytes, [
             (claim, outcome) for claim, outcome in load.flushes
-            if (claim.seq, claim.token) in ours])
+            if claim.key in ours])
         settlements = []
         for claim, outcome in load.ended:
-            row = ours.get((claim.seq, claim.token))
+            row = ours.get(claim.key)
             if row:
                 now = dataclasses.replace(claim, cancel_requested=bool(row.cancelled),
                                           has_children=bool(row.has_children))
@@ -5816,17 +5841,21 @@ class TurnTaker:
         output.
         """
         notes = []
+        settlements: list[Settlement] = []
         if request.ended:
             notes.append(f"a result was refused by the database: {refused}")
         for claim, outcome in request.ended:
             # What follows a run is not worth another refusal.
             outcome = dataclasses.replace(outcome, to_follow=b"")
             try:
-                self._settle_now([(claim, outcome)])
+                settlements += self._settle_now([(claim, outcome)])
             except RowRefused as error:
                 notes.append(self._settle_without_output(claim, outcome, error))
+        # A flush that was refused is dropped: the run's end brings all of it.
         rest = self.take(dataclasses.replace(request, ended=(), flushes=()))
-        return dataclasses.replace(rest, notes=[*notes, *rest.notes])
+        return dataclasses.replace(
+            rest, notes=[*notes, *rest.notes],
+            settlements=[*settlements, *rest.settlements])
 
     def _settle_without_output(self, claim: Claim, outcome: RunOutcome,
                                refused: RowRefused) -> str:
@@ -5840,15 +5869,21 @@ class TurnTaker:
         except RowRefused as error:
             return self._refused.set_aside_run(claim, error)
 
-    def _settle_now(self, ended: Sequence[Ended]) -> None:
-        """Settles these runs, in as many transactions as it takes."""
+    def _settle_now(self, ended: Sequence[Ended]) -> list[Settlement]:
+        """Settles these runs, in as many transactions as it takes.
+
+        Returns what became of them, for the log.
+        """
+        settlements: list[Settlement] = []
         def work(cursor: Transaction) -> None:
             self._settle(cursor, self._packer.pack(cursor.tries, left))
         left = ended
         while left:
             self.database.transact(work)
             self._resolver.add(self._resolution)
+            settlements += self._settlements
             left = self._packer.load.unsettled
+        return settlements
 
     def _look_around(self, request: TurnRequest, result: TurnResult,
                      snapshot: QueueSnapshot) -> TurnResult:
@@ -5877,7 +5912,7 @@ class TurnTaker:
     def _hand_back_unknown(self, request: TurnRequest, snapshot: QueueSnapshot) -> None:
         """Hands back rows under our id that we do not run: a read-back had failed."""
         known = {*request.running,
-                 *((claim.seq, claim.token) for claim, _ in request.ended)}
+                 *(claim.key for claim, _ in request.ended)}
         unknown = [seq for seq, _ in snapshot.runs.keys() - known - self._refused.aside]
         if not unknown:
             return
@@ -5890,7 +5925,7 @@ class TurnTaker:
             try:
                 self._settle_now([(job.claim, handed_back)])
             except RowRefused:
-                self._refused.aside.add((job.claim.seq, job.claim.token))
+                self._refused.aside.add(job.claim.key)
 
 
 # ---- queries -----------------------------------------------------------------
@@ -6971,8 +7006,8 @@ def ring(database: Database, count: int = sys.maxsize,
         end_it = functools.partial(_end_sleep, connection=sleep.connection)
         database.attempt(end_it)
 
-def _stay_silent(text: str) -> None:
-    """Drops what the doorbell's connection meets: the worker meets it too."""
+def say_nothing(text: str) -> None:
+    """Stands in for `say` where somebody else meets and tells the same."""
 
 class Doorbell:
     """A thread that parks a sleep when told to, and says when it was ended."""
@@ -6990,7 +7025,7 @@ class Doorbell:
         policy = RetryPolicy(
             retry_for_s=math.inf,
             timeout_s=1.5 * PARKED_S,
-            say=_stay_silent)
+            say=say_nothing)
         self._database = Database(target, policy, route=route)
         self._database.find_target = find_target
         self._note = f"{DOORBELL} {note}"
@@ -7033,7 +7068,11 @@ class Doorbell:
 #
 # The only room that signals, reaps, or reads /proc. What it ends it pins by a
 # descriptor where the kernel has them, and then looks at once more, so that no
-# stranger is hit who was given the number of a process that is gone. It finds
+# stranger is hit who was given the number of a process that is gone; a child of
+# ours keeps its number until we reap it. Who ends what: a worker its runs; its
+# supervisor, the guardian, or a new worker those of a dead one, by their run
+# tags; a supervisor its children; `worker stop` whoever holds the PID file; `db
+# stop` the private server. It finds
 # what belongs to a run by the session, and by the run tag in the environment
 # that all its processes inherit. Without a /proc it ends process groups alone.
 
@@ -7867,6 +7906,15 @@ def _run_variables(job: ClaimedJob, run_tag: str) -> dict[bytes, bytes]:
         encoded[name.encode()] = text.encode()
     return encoded
 
+def uptime_s() -> float:
+    """Returns a time in seconds that goes on while the host is suspended.
+
+    Where the kernel has none (only Linux has), it is `time.monotonic()`.
+    """
+    if sys.platform == "linux":
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.monotonic()
+
 class RunningJob:
     """One run of a job: its shell, its pipe, its time limit, and its end.
 
@@ -7884,8 +7932,8 @@ class RunningJob:
         self.job = job
         self.settings = settings
         # What names the run: in a turn, and in its processes' environment.
-        self.key = (claim.seq, claim.token)
-        self.run_tag = f"{claim.token}-{claim.seq}"
+        self.key = claim.key
+        self.run_tag = claim.run_tag
         self.cause: Reason | None = None
         self.status: int | None = None
         self.failure = ""
@@ -8370,11 +8418,8 @@ def reread(
 
 def reread_target() -> ConnectionInfo | None:
     """Returns where the database is by now, or None where that cannot be read."""
-    found = reread(_say_nothing)
+    found = reread(say_nothing)
     return found[1] if found else None
-
-def _say_nothing(text: str) -> None:
-    """Stands in for `say` where another process tells the same."""
 
 # -- what a worker is about, and what it waits for
 
@@ -8442,7 +8487,7 @@ class Timers:
                        lost workers are looked for    heartbeat later
         paused_until   turns are taken again          a refusal by the database
         start_by       claimed jobs are handed back   a claim: one lease after its
-                       instead of started             turn was asked for
+          (uptime_s)   instead of started             turn was asked for
         grace_over_at  what runs is ended             a stop, if there is a grace
         give_up_at     the process ends, whatever     a stop that ends what runs,
                        is not settled                 or the end of the last run
@@ -8580,7 +8625,7 @@ class Membership:
         self._options = options
         self._context = context
         # One worker process tells of an outage for all of the supervisor's.
-        say = options.say if context.number == 0 else _say_nothing
+        say = options.say if context.number == 0 else say_nothing
         lease_s = options.settings.lease_s
         # The worker waits for the server for ever. An answer is waited for no
         # longer than leaves time for a heartbeat before the lease is over.
@@ -8966,7 +9011,7 @@ class RunTable:
             job = self.claimed.popleft()
             # Stood we still for a lease since we asked, others may run it by
             # now.
-            if stopping or time.monotonic() > self._timers.start_by:
+            if stopping or uptime_s() > self._timers.start_by:
                 self.results.hand_back(job.claim)
             else:
                 self._start(job)
@@ -8982,7 +9027,7 @@ class RunTable:
             return
         # Noted before it starts: were we killed in between, it could not be
         # found.
-        self._context.registry.note(f"{claim.token}-{claim.seq}")
+        self._context.registry.note(claim.run_tag)
         process = RunningJob(job, self._settings, self._spawner)
         if process.gone:
             # Only a failure that is not the job's own has a cause.
@@ -9145,7 +9190,7 @@ class TurnPlanner:
         if all_runs:
             self._wake_calls.rung = False
         free = 0 if stopping else runs.free_slots(now)
-        running = [(claim.seq, claim.token) for claim in runs.claims()]
+        running = [claim.key for claim in runs.claims()]
         return TurnRequest(
             ended=runs.results.take(),
             flushes=flushes,
@@ -9255,7 +9300,7 @@ class Worker:
         request = self._planner.next_request(now, stopping, self.settings)
         if request:
             take_turn = functools.partial(self._membership.take_turn, request)
-            on_turn = functools.partial(self._on_turn, now)
+            on_turn = functools.partial(self._on_turn, uptime_s())
             thread.request(DatabaseRequest(take_turn, on_turn))
         elif self._may_leave():
             self._lifecycle = Lifecycle.LEAVING
@@ -9306,7 +9351,7 @@ class Worker:
         self.context.registry.open(settings)
 
     def _on_turn(self, asked_at: float, result: TurnResult) -> None:
-        """Acts on what came of a turn that was asked for at `asked_at`."""
+        """Acts on what came of a turn that was asked for at `asked_at`, in uptime."""
         runs, timers = self._runs, self._timers
         had_results = bool(runs.results.in_turn)
         self._tell(result)
@@ -9418,7 +9463,7 @@ class Worker:
             elif number == STOP_NOW_SIGNAL:
                 self._stop_now(FORCED_WAIT_S)
             elif number == signal.SIGHUP:
-                found = reread(_say_nothing)
+                found = reread(say_nothing)
                 if found:
                     environment, target = found
                     self._membership.reload(environment, target)
