@@ -5551,13 +5551,110 @@ class RefusedRows:
                 self._noted.add(text)
                 notes.append(text)
 
-def resolve_dependents(resolver: DependentsResolver,
-                       result: TurnResult) -> TurnResult:
-    """Goes on with dependents that were left; returns the turn's result anew."""
-    died = resolver.run(RESOLVED_WITHIN_S)
-    notes = [*result.notes, *death_notes(died)]
-    due_s = 0.0 if resolver.goes_on else result.due_s
-    return dataclasses.replace(result, notes=notes, due_s=due_s)
+class Aftermath:
+    """What follows from a turn, or from a look, in transactions of its own.
+
+    It takes over from lost workers, resolves what waits for jobs that ended,
+    and does the maintenance.
+    """
+    def __init__(self, database: Database, served: Sequence[str],
+                 refused: RefusedRows) -> None:
+        """`served` are the queues that its worker serves; none: all."""
+        self.purges = False  # whether this worker does the maintenance
+        self.refused = refused
+        self.resolver = DependentsResolver(database)
+        self.trimmer = OutputTrimmer(database)
+        self._database, self._served = database, served
+        self._detector = FailureDetector()
+        self._maintenance = Maintenance(database, self.resolver)
+
+    def resolve_dependents(self, result: TurnResult) -> TurnResult:
+        """Goes on with dependents that were left; returns the turn's result anew."""
+        died = self.resolver.run(RESOLVED_WITHIN_S)
+        notes = [*result.notes, *death_notes(died)]
+        due_s = 0.0 if self.resolver.goes_on else result.due_s
+        return dataclasses.replace(result, notes=notes, due_s=due_s)
+
+    def look_around(self, settings: Settings, request: TurnRequest,
+                    result: TurnResult, snapshot: QueueSnapshot) -> TurnResult:
+        """Does what follows from a snapshot, each in a transaction of its own."""
+        # What is due at once is work, and all queues need not be gone through.
+        idle = not (request.running or result.jobs) and result.due_s > 0
+        if request.drain and idle:
+            snapshot.drained = self._database.read(
+                lambda cursor: is_drained(cursor, self._served))
+        lost: dict[str, int] = {}
+        orphaned: Sequence[str | None] = ()
+        if request.detect:
+            lost = self._detector.observe(time.monotonic(), snapshot.heartbeats,
+                                          settings.heartbeat)
+            orphaned = snapshot.orphaned
+            forget_lost_workers(self._database, snapshot.expired)
+        self.trimmer.run()
+        notes = [*result.notes]
+        if self.purges:
+            run = functools.partial(self._maintenance.run, settings)
+            self.refused.bear(notes, "maintenance was refused", run)
+        return dataclasses.replace(result, snapshot=snapshot, lost=lost,
+                                   orphaned=orphaned, notes=notes)
+
+    def take_over(self, settings: Settings, worker: str | None,
+                  heartbeat: int | None) -> list[str] | None:
+        """Settles the runs of a lost worker as lost.
+
+        Returns the ids of their jobs, or None if it is not lost.
+        """
+        taken = take_over(self._database, settings, worker, heartbeat)
+        if taken is None:
+            return None
+        self.resolver.add(taken.resolution)
+        return taken.jobs
+
+    def take_over_but(self, settings: Settings, worker: str,
+                      surviving: Mapping[str, int]) -> PartTakenOver | None:
+        """Settles the runs of a dead worker, but for those that do not end."""
+        taken = take_over_but(self._database, settings, worker, surviving)
+        if taken:
+            self.resolver.add(taken.resolution)
+        return taken
+
+    def take_over_lost(self, settings: Settings, result: TurnResult) -> list[str]:
+        """Takes over what has no live worker; returns what is to be said of
+        it.
+
+        Before that, what lost workers of this host left running must have been
+        ended.
+        """
+        notes: list[str] = []
+        # What is not reached by then is found again by the next look.
+        until = time.monotonic() + settings.lease_s / 8
+        for worker, heartbeat in result.lost.items():
+            if time.monotonic() > until:
+                break
+            taken = self._take_over(settings, worker, heartbeat, notes)
+            if taken is not None and result.snapshot:
+                silence = say_duration(result.snapshot.heartbeats[worker][1])
+                notes.append(f"worker {worker} is lost, no heartbeat for {silence}; "
+                             + say_taken(taken, "taken over"))
+        for orphaned in result.orphaned:
+            if time.monotonic() > until:
+                break
+            taken = self._take_over(settings, orphaned, None, notes)
+            if taken:
+                notes.append(f"worker {orphaned} has no live row; "
+                             + say_taken(taken, "taken over"))
+        return notes
+
+    def _take_over(self, settings: Settings, worker: str | None,
+                   heartbeat: int | None, notes: list[str]) -> list[str] | None:
+        """Takes over from one worker; notes once where a row is refused."""
+        taken: list[str] | None = None
+        def work() -> None:
+            nonlocal taken
+            taken = self.take_over(settings, worker, heartbeat)
+        what = f"runs of worker {worker} cannot be taken over"
+        self.refused.bear(notes, what, work)
+        return taken
 
 class TurnTaker:
     """Takes one worker's turns with the database."""
@@ -5566,17 +5663,13 @@ class TurnTaker:
         """`use_skip_locked` is False where a person has switched it off."""
         self.database, self.identity = database, identity
         self.settings = Settings()
-        self.purges = False  # whether this worker does the maintenance
         self._claimer = Claimer(database, identity, use_skip_locked)
-        self._detector = FailureDetector()
-        self._resolver = DependentsResolver(database)
-        self._maintenance = Maintenance(database, self._resolver)
         self._packer = Packer()
-        self.trimmer = OutputTrimmer(database)
+        self._refused = RefusedRows(database, self._claimer)
+        self.after = Aftermath(database, identity.queues, self._refused)
         # Of the present try: what it settled, and what it left of dependents.
         self._settlements: list[Settlement] = []
         self._resolution = Resolution()
-        self._refused = RefusedRows(database, self._claimer)
         self._state = ""  # as our row says
 
     def take(self, request: TurnRequest) -> TurnResult:
@@ -5607,71 +5700,15 @@ class TurnTaker:
             return TurnResult(alive=alive, due_s=due_s, notes=notes)
         self._claimer.refusals.widen()
         self._packer.took(time.monotonic() - started)
-        self.trimmer.add(result.settlements)
+        self.after.trimmer.add(result.settlements)
         if not result.alive:
             return result
-        result = resolve_dependents(self._resolver, result)
+        result = self.after.resolve_dependents(result)
         if not snapshot:
             return result
-        result = self._look_around(request, result, snapshot)
-        return resolve_dependents(self._resolver, result)
-
-    def take_over(self, worker: str | None, heartbeat: int | None) -> list[str] | None:
-        """Settles the runs of a lost worker as lost.
-
-        Returns the ids of their jobs, or None if it is not lost.
-        """
-        taken = take_over(self.database, self.settings, worker, heartbeat)
-        if taken is None:
-            return None
-        self._resolver.add(taken.resolution)
-        return taken.jobs
-
-    def take_over_but(self, worker: str,
-                      surviving: Mapping[str, int]) -> PartTakenOver | None:
-        """Settles the runs of a dead worker, but for those that do not end."""
-        taken = take_over_but(self.database, self.settings, worker, surviving)
-        if taken:
-            self._resolver.add(taken.resolution)
-        return taken
-
-    def take_over_lost(self, result: TurnResult) -> list[str]:
-        """Takes over what has no live worker; returns what is to be said of
-        it.
-
-        Before that, what lost workers of this host left running must have been
-        ended.
-        """
-        notes: list[str] = []
-        # What is not reached by then is found again by the next look.
-        until = time.monotonic() + self.settings.lease_s / 8
-        for worker, heartbeat in result.lost.items():
-            if time.monotonic() > until:
-                break
-            taken = self._take_over(worker, heartbeat, notes)
-            if taken is not None and result.snapshot:
-                silence = say_duration(result.snapshot.heartbeats[worker][1])
-                notes.append(f"worker {worker} is lost, no heartbeat for {silence}; "
-                             + say_taken(taken, "taken over"))
-        for orphaned in result.orphaned:
-            if time.monotonic() > until:
-                break
-            taken = self._take_over(orphaned, None, notes)
-            if taken:
-                notes.append(f"worker {orphaned} has no live row; "
-                             + say_taken(taken, "taken over"))
-        return notes
-
-    def _take_over(self, worker: str | None, heartbeat: int | None,
-                   notes: list[str]) -> list[str] | None:
-        """Takes over from one worker; notes once where a row is refused."""
-        taken: list[str] | None = None
-        def work() -> None:
-            nonlocal taken
-            taken = self.take_over(worker, heartbeat)
-        what = f"runs of worker {worker} cannot be taken over"
-        self._refused.bear(notes, what, work)
-        return taken
+        self._hand_back_unknown(request, snapshot)
+        result = self.after.look_around(self.settings, request, result, snapshot)
+        return self.after.resolve_dependents(result)
 
     def _carry_out(self, request: TurnRequest,
                    snapshot: QueueSnapshot | None) -> TurnResult:
@@ -5686,7 +5723,7 @@ class TurnTaker:
             result = self.database.transact(
                 lambda cursor: self._transaction(cursor, request, snapshot),
                 self._verify_turn)
-            self._resolver.add(self._resolution)
+            self.after.resolver.add(self._resolution)
             return result
         due_s = snapshot.due_s if snapshot else math.inf
         if not request.detect and request.state == self._state:
@@ -5880,34 +5917,10 @@ class TurnTaker:
         left = ended
         while left:
             self.database.transact(work)
-            self._resolver.add(self._resolution)
+            self.after.resolver.add(self._resolution)
             settlements += self._settlements
             left = self._packer.load.unsettled
         return settlements
-
-    def _look_around(self, request: TurnRequest, result: TurnResult,
-                     snapshot: QueueSnapshot) -> TurnResult:
-        """Does what follows from a snapshot, each in a transaction of its own."""
-        self._hand_back_unknown(request, snapshot)
-        # What is due at once is work, and all queues need not be gone through.
-        idle = not (request.running or result.jobs) and result.due_s > 0
-        if request.drain and idle:
-            snapshot.drained = self.database.read(
-                lambda cursor: is_drained(cursor, self.identity.queues))
-        lost: dict[str, int] = {}
-        orphaned: Sequence[str | None] = ()
-        if request.detect:
-            lost = self._detector.observe(time.monotonic(), snapshot.heartbeats,
-                                          self.settings.heartbeat)
-            orphaned = snapshot.orphaned
-            forget_lost_workers(self.database, snapshot.expired)
-        self.trimmer.run()
-        notes = [*result.notes]
-        if self.purges:
-            run = functools.partial(self._maintenance.run, self.settings)
-            self._refused.bear(notes, "maintenance was refused", run)
-        return dataclasses.replace(result, snapshot=snapshot, lost=lost,
-                                   orphaned=orphaned, notes=notes)
 
     def _hand_back_unknown(self, request: TurnRequest, snapshot: QueueSnapshot) -> None:
         """Hands back rows under our id that we do not run: a read-back had failed."""
@@ -8703,7 +8716,7 @@ class Membership:
             lost = {worker: heartbeat for worker, heartbeat in result.lost.items()
                     if worker not in self._surviving}
             others = dataclasses.replace(result, lost=lost)
-            notes += self._turns.take_over_lost(others)
+            notes += self._turns.after.take_over_lost(self.settings, others)
         if not notes:
             return result
         return dataclasses.replace(result, notes=[*result.notes, *notes])
@@ -8711,7 +8724,7 @@ class Membership:
     def leave(self, ring_own: bool) -> None:
         """Deletes our row, and with `ring_own` ends our own doorbell's sleep."""
         database = self._turns.database
-        self._turns.trimmer.finish()
+        self._turns.after.trimmer.finish()
         deregister(database, self.worker)
         if ring_own:
             ring(database, worker=self.worker)
@@ -8743,7 +8756,7 @@ class Membership:
                 notes += self._keep(worker, surviving, before.get(worker, {}))
                 continue
             # -1: its heartbeat does not matter.
-            taken = turns.take_over(worker, -1)
+            taken = turns.after.take_over(settings, worker, -1)
             if worker in inherited:
                 said = say_taken(taken or [], "written off as lost")
                 notes.append(f"worker {worker} died; {said}")
@@ -8760,7 +8773,7 @@ class Membership:
         went on when they were last looked at.
         """
         turns = self._turns
-        result = turns.take_over_but(worker, surviving)
+        result = turns.after.take_over_but(self.settings, worker, surviving)
         if not result or surviving.keys() <= before.keys():
             return []
         pids = ", ".join(str(pid) for pid in sorted(surviving.values()))
@@ -8780,7 +8793,7 @@ class Membership:
         turns = TurnTaker(database, identity, not switched_off)
         turns.settings = settings
         # One worker process does the maintenance for all of the supervisor's.
-        turns.purges = self._context.number == 0
+        turns.after.purges = self._context.number == 0
         return turns
 
     def _new_identity(self) -> WorkerIdentity:

@@ -2967,7 +2967,7 @@ class LostCommits(WorkCase):
 
     def lose__resolve(self, fault: str) -> None:
         turns = self.losing_turns()
-        turns.purges = True
+        turns.after.purges = True
         self.put("true", id="parent", state="completed")
         self.put("true", id="child", state="blocked")
         self.sql(
@@ -3032,7 +3032,7 @@ class LostCommits(WorkCase):
         )
         turns.take(queuectl.TurnRequest(ended=[(job.claim, outcome)]))
         self.lose(fault)
-        turns.trimmer.finish()
+        turns.after.trimmer.finish()
         self.assertEqual(self.runs("long", "output"), [(b"a" + mark + b"z",)])
 
     def lose_forget_lost_workers(self, fault: str) -> None:
@@ -5215,7 +5215,9 @@ class Crashes(WorkCase):
         self.wait_ended(1)
         for _ in range(2):
             self.put(BOOKED + "trap '' TERM; while :; do sleep 1; done")
-            self.put(BOOKED + "trap 'echo told >> told; exit' TERM; sleep 60 & wait")
+            self.put(
+                "trap 'echo told >> told; exit' TERM; " + BOOKED + "sleep 60 & wait"
+            )
         self.wait_lines("starts", 4)
         os.killpg(workers[0].pid, signal.SIGKILL)
         self.kill(workers[1], jobs_too=False)
@@ -5567,17 +5569,31 @@ class Crashes(WorkCase):
             query = "SELECT 1 FROM jobs WHERE id IN (%s, %s) FOR UPDATE"
             began = time.monotonic()
             with self.locked(query, held, others):
-                self.assertEqual(len(alive.take_over(lost.identity.id, -1) or []), 1)
+                self.assertEqual(
+                    len(
+                        alive.after.take_over(queuectl.Settings(), lost.identity.id, -1)
+                        or []
+                    ),
+                    1,
+                )
                 self.assert_state(free, State.FAILED)
                 self.assert_state(held, State.PROCESSING)
-            self.assertEqual(len(alive.take_over(lost.identity.id, None) or []), 1)
+            self.assertEqual(
+                len(
+                    alive.after.take_over(queuectl.Settings(), lost.identity.id, None)
+                    or []
+                ),
+                1,
+            )
             self.assert_state(held, State.FAILED)
             self.assert_state(others, State.PROCESSING)
             # A worker whose row is held is in a turn, and not lost.
             query = "SELECT 1 FROM workers WHERE id = %s FOR UPDATE"
             with self.locked(query, alive.identity.id):
                 for heartbeat in (0, None, -1):
-                    taken = lost.take_over(alive.identity.id, heartbeat)
+                    taken = lost.after.take_over(
+                        queuectl.Settings(), alive.identity.id, heartbeat
+                    )
                     self.assertEqual(taken, None)
             self.assertLess(time.monotonic() - began, 5)
             self.assert_state(others, State.PROCESSING)
@@ -5618,7 +5634,7 @@ class Crashes(WorkCase):
                 job = self.put("true", max_retries=own, on_lost=on_lost)
                 lost.take(queuectl.TurnRequest(free=1, look=True))
                 self.sql("UPDATE jobs SET worker = 'gone' WHERE id = %s", job)
-                lost.take_over("gone", None)
+                lost.after.take_over(queuectl.Settings(), "gone", None)
                 found = self.job(job, "state", "reason")
                 self.sql("DELETE FROM jobs")
                 with self.subTest(f"setting {setting}, job {own}, on_lost {on_lost}"):
@@ -7627,7 +7643,7 @@ class Dependencies(WorkCase):
         database = self.reach()
         self.assertFalse(database.read(lambda cursor: queuectl.is_drained(cursor, ())))
         other = self.turns()
-        other.purges = True
+        other.after.purges = True
         other.take(queuectl.TurnRequest(look=True))
         self.assertEqual(self.counts(), {"completed": 501, "pending": 1200})
 
@@ -7661,7 +7677,7 @@ class Dependencies(WorkCase):
             ids = self.sql("SELECT id FROM jobs WHERE state = 'blocked'")
             held, other = (str(one) for [one] in ids)
             turns = self.turns()
-            turns.purges = True
+            turns.after.purges = True
             turns.database.read(turns.database.skip_locked)
             turns.database._skip_locked = skip_locked
             with self.locked("SELECT 1 FROM jobs WHERE id = %s FOR UPDATE", held):
