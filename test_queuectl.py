@@ -5470,19 +5470,20 @@ def crowd(nemesis: Nemesis) -> Iterator[float]:
 @fault
 def veto(nemesis: Nemesis) -> Iterator[float]:
     """The server refuses to write one row: its claim, its end, or anything."""
-    _, job = nemesis.some_jobs(1)[0]
+    name = f"veto{nemesis.counts['veto']}"
     states = nemesis.random.choice(
         ("'processing'", "'completed', 'failed'", "OLD.state, NEW.state")
     )
-    trigger = (
-        "CREATE TRIGGER veto BEFORE UPDATE ON jobs FOR EACH ROW "
-        f"IF OLD.id = '{job}' AND NEW.state IN ({states}) THEN "
+    nemesis.case.ask(f"DROP TRIGGER IF EXISTS {name}")
+    nemesis.case.ask(
+        f"CREATE TRIGGER {name} BEFORE UPDATE ON jobs FOR EACH ROW "
+        f"IF OLD.id = '{name}' AND NEW.state IN ({states}) THEN "
         "SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'vetoed'; END IF"
     )
-    for statement in ("DROP TRIGGER IF EXISTS veto", trigger):
-        nemesis.case.ask(statement)
+    job: dict[str, object] = {"id": name, "command": nemesis.case.book, "queue": "veto"}
+    nemesis.case.enqueue_jobs([job], nemesis.random)
     yield nemesis.random.uniform(2, 9)
-    nemesis.case.ask("DROP TRIGGER IF EXISTS veto")
+    nemesis.case.ask(f"DROP TRIGGER IF EXISTS {name}")
 
 
 # -- strangers' locks
@@ -5964,7 +5965,8 @@ class Torture(WorkCase):
         self.own.start()
         self.ask("SET GLOBAL read_only = 0")
         self.ask("SET GLOBAL max_connections = 151")
-        self.ask("DROP TRIGGER IF EXISTS veto")
+        for number in range(nemesis.counts["veto"] + 1):
+            self.ask(f"DROP TRIGGER IF EXISTS veto{number}")
 
     def test_whatever_dies_no_job_is_lost_and_none_runs_twice_at_once(self) -> None:
         self.set_up()
