@@ -5136,6 +5136,7 @@ class Host(Background):
         self.pipe = read_end
         super().__init__(process, case.path(f"host-{number}.log"))
         open(self.log, "w").close()
+        case.addCleanup(case.end, self)
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
 
@@ -5151,8 +5152,13 @@ class Host(Background):
         return ""
 
     def _remove_cgroup(self, path: str) -> None:
-        with contextlib.suppress(OSError):
-            os.rmdir(path)
+        """Once it is empty: the last of a namespace take a moment to be gone."""
+        until = time.monotonic() + 5
+        while time.monotonic() < until:
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+                return
+            time.sleep(0.02)
 
     def _enter_cgroup(self) -> None:
         if self.cgroup:
