@@ -3488,12 +3488,12 @@ def decide_settlement(claim: Claim, outcome: RunOutcome,
         outcome = dataclasses.replace(outcome, reason=Reason.CANCELLED)
     return Settlement(claim, outcome, transition)
 
-def settle(cursor: Cursor, packet_bytes: int,
-           settlements: Sequence[Settlement]) -> Resolution:
+def settle(cursor: Cursor, packet_bytes: int, settlements: Sequence[Settlement],
+           resolves: bool = True) -> Resolution:
     """Writes what became of ended runs, whose rows we have locked.
 
     What waits for them is resolved as well; of many, the first. The rest is
-    returned, for a DependentsResolver.
+    returned, for a DependentsResolver; without `resolves` that is all of it.
 
     Runs that ended alike share one UPDATE: of a thousand jobs that complete,
     64 a turn, this costs 16 statements and not a thousand.
@@ -3514,7 +3514,10 @@ def settle(cursor: Cursor, packet_bytes: int,
         write_dead_letters(cursor, dead)
     parents = [one.claim.seq for one in settlements
                if one.claim.has_children and one.to in ENDED]
-    return release_children(cursor, dependents_of(parents))
+    waiting = dependents_of(parents)
+    if not resolves:
+        return Resolution(left=waiting)
+    return release_children(cursor, waiting)
 
 def _settle_alike(cursor: Cursor, group: Sequence[Settlement]) -> None:
     """Moves jobs whose runs ended in the same way; their durations alone differ."""
@@ -3852,10 +3855,22 @@ class DependentsResolver:
         self._resolve(sorted({edge.child for edge in found}))
 
     def _resolve(self, seqs: Sequence[int]) -> None:
-        """Resolves those of these jobs that nobody holds."""
-        if seqs:
+        """Resolves those of these jobs that nobody holds.
+
+        A job whose row the server refuses is found by halves, and set aside.
+        """
+        if not seqs:
+            return
+        try:
             self.add(self._database.transact(
                 lambda cursor: self._resolve_free(cursor, seqs)))
+        except RowRefused:
+            if len(seqs) == 1:
+                refuse(self._database, seqs[0], None)
+                return
+            middle = len(seqs) // 2
+            self._resolve(seqs[:middle])
+            self._resolve(seqs[middle:])
 
     def _resolve_free(self, cursor: Cursor, seqs: Sequence[int]) -> Resolution:
         """Does it in one transaction: found without a lock, then locked by key."""
@@ -4877,6 +4892,16 @@ RUNS_TAKEN_OVER = 500
 # it may have left one itself, which the server takes back within milliseconds.
 DEAD_LOCK_S, DEAD_LOCK_PAUSE_S = 1.0, 0.05
 
+class RunKey(NamedTuple):
+    """A job in `processing`, and the token of its run."""
+    seq: int
+    token: str | None
+
+# Found without a lock: all that are processing would be locked on the way.
+PROCESSING_OF_SQL = f"""
+    SELECT seq, token FROM jobs FORCE INDEX (jobs_due)
+     WHERE state = 'processing' AND worker <=> %s LIMIT {RUNS_TAKEN_OVER}"""
+
 class TakenOver(NamedTuple):
     """Whose runs a lost worker had, and what waits for them."""
     jobs: list[str]  # their ids
@@ -4891,23 +4916,52 @@ def take_over(database: Database, settings: Settings, worker: str | None,
     it lost. No row that another holds is waited for: a worker whose row is
     locked is in a turn right now, and not dead; a run whose row is locked is
     left, and so are those beyond RUNS_TAKEN_OVER. They have no live worker from
-    then on, and are taken over as such.
+    then on, and are taken over as such. So is each by itself where the server
+    refuses one of them; that one is set aside.
     """
-    def work(cursor: Cursor) -> TakenOver | None:
-        """Does it in the order of all transactions: the worker's row, then its runs."""
+    def mark(cursor: Cursor) -> bool:
+        """Marks the worker as lost; returns whether it is."""
         if not _is_lost(database, cursor, worker, heartbeat):
-            return None
+            return False
         cursor.execute(
             "UPDATE workers SET lost_at = UTC_TIMESTAMP(6), state = 'lost' "
             "WHERE id <=> %s AND lost_at IS NULL", (worker,))
-        return _settle_as_lost(database, cursor, settings, worker)
+        return True
+    def work(cursor: Cursor) -> TakenOver | None:
+        """Does it in the order of all transactions: the worker's row, then its runs."""
+        if not mark(cursor):
+            return None
+        runs = cursor.records(RunKey, PROCESSING_OF_SQL, worker)
+        return _settle_as_lost(database, cursor, settings, runs)
     give_up_at = time.monotonic() + DEAD_LOCK_S
     while True:
-        taken = database.transact(work)
+        try:
+            taken = database.transact(work)
+        except RowRefused:
+            if database.transact(mark):
+                return _take_over_singly(database, settings, worker)
+            taken = None
         late = time.monotonic() > give_up_at
         if taken is not None or heartbeat != -1 or late:
             return taken
         time.sleep(DEAD_LOCK_PAUSE_S)
+
+def _take_over_singly(database: Database, settings: Settings,
+                      worker: str | None) -> TakenOver:
+    """Settles the runs of a lost worker one by one, and sets aside what is refused."""
+    jobs: list[str] = []
+    left: list[Dependents] = []
+    for run in database.records(RunKey, PROCESSING_OF_SQL, worker):
+        settle_one = functools.partial(
+            _settle_as_lost, database, settings=settings, runs=[run], resolves=False)
+        try:
+            taken = database.transact(settle_one)
+        except RowRefused:
+            refuse(database, run.seq, run.token or "")
+            continue
+        jobs += taken.jobs
+        left += taken.resolution.left
+    return TakenOver(jobs, Resolution(left=left))
 
 def _is_lost(database: Database, cursor: Cursor, worker: str | None,
              heartbeat: int | None) -> bool:
@@ -4923,27 +4977,24 @@ def _is_lost(database: Database, cursor: Cursor, worker: str | None,
     return gone and heartbeat in (-1, None)
 
 def _settle_as_lost(database: Database, cursor: Cursor, settings: Settings,
-                    worker: str | None) -> TakenOver:
-    """Settles those runs of this worker whose rows nobody holds."""
-    # Found without a lock: all that are processing would be locked on the way.
-    found = cursor.rows(
-        int, "SELECT seq FROM jobs FORCE INDEX (jobs_due) "
-        f"WHERE state = 'processing' AND worker <=> %s LIMIT {RUNS_TAKEN_OVER}",
-        worker)
-    if not found:
+                    runs: Sequence[RunKey], resolves: bool = True) -> TakenOver:
+    """Settles those of these runs whose rows nobody holds."""
+    if not runs:
         return TakenOver([], Resolution())
     free = database.lock_free(
         cursor, int, "SELECT seq FROM jobs FORCE INDEX (PRIMARY) "
-        "WHERE state = 'processing' AND seq IN %s", sorted(found))
+        "WHERE state = 'processing' AND seq IN %s", sorted(run.seq for run in runs))
     if not free:
         return TakenOver([], Resolution())
-    jobs = read_processing(
-        cursor, settings, "PRIMARY",
-        SqlCondition("worker <=> %s AND seq IN %s FOR UPDATE", [worker, free]))
+    tokens = {run.seq: run.token for run in runs}
+    condition = SqlCondition("seq IN %s FOR UPDATE", [free])
+    locked = read_processing(cursor, settings, "PRIMARY", condition)
+    # Since they were found, some may have been claimed anew, by others.
+    jobs = [job for job in locked if job.claim.token == (tokens[job.claim.seq] or "")]
     lost = RunOutcome(Reason.LOST)
     resolution = settle(
         cursor, database.packet_bytes,
-        [decide_settlement(job.claim, lost, settings) for job in jobs])
+        [decide_settlement(job.claim, lost, settings) for job in jobs], resolves)
     return TakenOver([job.claim.id for job in jobs], resolution)
 
 def forget_lost_workers(database: Database, workers: Sequence[str]) -> None:
@@ -5775,11 +5826,13 @@ class TurnTaker:
         self._state = state
         return bool(cursor.counts[-1])
 
-    def _settle(self, cursor: Cursor, load: Load) -> list[Settlement]:
+    def _settle(self, cursor: Cursor, load: Load,
+                resolves: bool = True) -> list[Settlement]:
         """Settles the runs that are still ours, and shows the output so far of
         others.
 
-        What is no longer ours, by its token, is left alone.
+        What is no longer ours, by its token, is left alone. Without `resolves`
+        what waits for these jobs is left for after the COMMIT.
         """
         self._resolution = Resolution()
         if not (load.ended or load.flushes):
@@ -5797,7 +5850,7 @@ class TurnTaker:
                                           has_children=bool(row.has_children))
                 settlements.append(decide_settlement(now, outcome, self.settings))
         self._resolution = settle(
-            cursor, self.database.packet_bytes, settlements)
+            cursor, self.database.packet_bytes, settlements, resolves)
         return settlements
 
     def _release(self, cursor: Cursor, snapshot: QueueSnapshot | None) -> float:
@@ -5913,7 +5966,9 @@ class TurnTaker:
         """
         settlements: list[Settlement] = []
         def work(cursor: Transaction) -> None:
-            self._settle(cursor, self._packer.pack(cursor.tries, left))
+            # Whatever waits for them is not to be to blame for a refusal.
+            load = self._packer.pack(cursor.tries, left)
+            self._settle(cursor, load, resolves=False)
         left = ended
         while left:
             self.database.transact(work)
@@ -9071,7 +9126,9 @@ class RunTable:
 
     def _on_output(self, process: RunningJob) -> None:
         """Takes some of a run's output, whose pipe is readable."""
-        if not process.read():
+        # What else was readable may have closed it since: the end of its shell,
+        # or a stop that reaped.
+        if process.pipe >= 0 and not process.read():
             self._hang_up(process)
 
     def _hang_up(self, process: RunningJob) -> None:

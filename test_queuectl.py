@@ -3003,6 +3003,15 @@ class LostCommits(WorkCase):
         self.assertEqual(taken and taken.kept, [ids[0]])
         self.assertEqual(self.states(), {ids[0]: "processing", ids[1]: "failed"})
 
+    def lose__take_over_singly(self, fault: str) -> None:
+        lost, turns = self.turns(), self.losing_turns()
+        job_id = self.put("true")
+        lost.take(queuectl.TurnRequest(free=1))
+        self.lose(fault)
+        queuectl._take_over_singly(turns.database, turns.settings, lost.identity.id)
+        self.assertEqual(self.states(), {job_id: "failed"})
+        self.assertEqual(self.reasons(job_id), ["lost"])
+
     def lose_refuse(self, fault: str) -> None:
         job_id = self.put("true")
         [(seq,)] = self.sql("SELECT seq FROM jobs")
@@ -6234,6 +6243,7 @@ class Host(Background):
         self.pipe = read_end
         super().__init__(process, case.path(f"host-{number}.log"))
         open(self.log, "w").close()
+        case.addCleanup(case.end, self)
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
 
@@ -6249,8 +6259,13 @@ class Host(Background):
         return ""
 
     def _remove_cgroup(self, path: str) -> None:
-        with contextlib.suppress(OSError):
-            os.rmdir(path)
+        """Once it is empty: the last of a namespace take a moment to be gone."""
+        until = time.monotonic() + 5
+        while time.monotonic() < until:
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+                return
+            time.sleep(0.02)
 
     def _enter_cgroup(self) -> None:
         if self.cgroup:
@@ -6568,19 +6583,20 @@ def crowd(nemesis: Nemesis) -> Iterator[float]:
 @fault
 def veto(nemesis: Nemesis) -> Iterator[float]:
     """The server refuses to write one row: its claim, its end, or anything."""
-    _, job = nemesis.some_jobs(1)[0]
+    name = f"veto{nemesis.counts['veto']}"
     states = nemesis.random.choice(
         ("'processing'", "'completed', 'failed'", "OLD.state, NEW.state")
     )
-    trigger = (
-        "CREATE TRIGGER veto BEFORE UPDATE ON jobs FOR EACH ROW "
-        f"IF OLD.id = '{job}' AND NEW.state IN ({states}) THEN "
+    nemesis.case.ask(f"DROP TRIGGER IF EXISTS {name}")
+    nemesis.case.ask(
+        f"CREATE TRIGGER {name} BEFORE UPDATE ON jobs FOR EACH ROW "
+        f"IF OLD.id = '{name}' AND NEW.state IN ({states}) THEN "
         "SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'vetoed'; END IF"
     )
-    for statement in ("DROP TRIGGER IF EXISTS veto", trigger):
-        nemesis.case.ask(statement)
+    job: dict[str, object] = {"id": name, "command": nemesis.case.book, "queue": "veto"}
+    nemesis.case.enqueue_jobs([job], nemesis.random)
     yield nemesis.random.uniform(2, 9)
-    nemesis.case.ask("DROP TRIGGER IF EXISTS veto")
+    nemesis.case.ask(f"DROP TRIGGER IF EXISTS {name}")
 
 
 # -- strangers' locks
@@ -7062,7 +7078,8 @@ class Torture(WorkCase):
         self.own.start()
         self.ask("SET GLOBAL read_only = 0")
         self.ask("SET GLOBAL max_connections = 151")
-        self.ask("DROP TRIGGER IF EXISTS veto")
+        for number in range(nemesis.counts["veto"] + 1):
+            self.ask(f"DROP TRIGGER IF EXISTS veto{number}")
 
     def test_whatever_dies_no_job_is_lost_and_none_runs_twice_at_once(self) -> None:
         self.set_up()
@@ -8667,6 +8684,31 @@ class Vetoes(WorkCase):
         self.wait_ended(5)
         self.assertEqual(self.job("bad", "reason", "runs"), ("refused", 1))
         self.assertIn("job bad is dead: its result was refused: vetoed", worker.said())
+
+    def test_a_lost_workers_other_runs_are_taken_over(self) -> None:
+        self.veto("UPDATE ON jobs", "NEW.id = 'bad' AND NEW.state = 'failed'")
+        lost, alive = self.turns(), self.turns()
+        for name in ("bad", "good"):
+            self.put("true", id=name)
+        lost.take(queuectl.TurnRequest(free=2))
+        taken = alive.after.take_over(queuectl.Settings(), lost.identity.id, -1)
+        self.assertEqual(taken, ["good"])
+        self.assertEqual(self.state("good"), State.FAILED)
+        self.assertEqual(self.job("bad", "state", "reason"), ("dead", "refused"))
+
+    def test_a_parent_is_settled_although_one_that_waits_for_it_is_refused(
+        self,
+    ) -> None:
+        self.veto("UPDATE ON jobs", "NEW.id = 'bad' AND NEW.state = 'pending'")
+        parent = self.enqueue("true")
+        for name in ("bad", "good"):
+            self.enqueue("true", id=name, after=[parent])
+        worker = self.worker()
+        self.wait_state("good", State.COMPLETED)
+        self.wait_state("bad", State.DEAD)
+        self.assert_state(parent, State.COMPLETED)
+        self.assertEqual(self.job("bad", "reason"), ("refused",))
+        self.assertNotIn("Traceback", worker.said())
 
     def test_a_person_reads_who_vetoed_a_job_in_one_line(self) -> None:
         self.veto("INSERT ON jobs", "NEW.command = 'bad'")
