@@ -5580,7 +5580,7 @@ class Crashes(WorkCase):
             with self.locked(query, held, others):
                 self.assertEqual(
                     len(
-                        alive.after.take_over(queuectl.Settings(), lost.identity.id, -1)
+                        alive.after.take_over(alive.settings, lost.identity.id, -1)
                         or []
                     ),
                     1,
@@ -5589,8 +5589,7 @@ class Crashes(WorkCase):
                 self.assert_state(held, State.PROCESSING)
             self.assertEqual(
                 len(
-                    alive.after.take_over(queuectl.Settings(), lost.identity.id, None)
-                    or []
+                    alive.after.take_over(alive.settings, lost.identity.id, None) or []
                 ),
                 1,
             )
@@ -5643,7 +5642,7 @@ class Crashes(WorkCase):
                 job = self.put("true", max_retries=own, on_lost=on_lost)
                 lost.take(queuectl.TurnRequest(free=1, look=True))
                 self.sql("UPDATE jobs SET worker = 'gone' WHERE id = %s", job)
-                lost.after.take_over(queuectl.Settings(), "gone", None)
+                lost.after.take_over(lost.settings, "gone", None)
                 found = self.job(job, "state", "reason")
                 self.sql("DELETE FROM jobs")
                 with self.subTest(f"setting {setting}, job {own}, on_lost {on_lost}"):
@@ -8691,7 +8690,7 @@ class Vetoes(WorkCase):
         for name in ("bad", "good"):
             self.put("true", id=name)
         lost.take(queuectl.TurnRequest(free=2))
-        taken = alive.after.take_over(queuectl.Settings(), lost.identity.id, -1)
+        taken = alive.after.take_over(alive.settings, lost.identity.id, -1)
         self.assertEqual(taken, ["good"])
         self.assertEqual(self.state("good"), State.FAILED)
         self.assertEqual(self.job("bad", "state", "reason"), ("dead", "refused"))
