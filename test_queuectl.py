@@ -6341,6 +6341,8 @@ class Nemesis:
         self.set_aside: collections.Counter[str] = collections.Counter()
         self.disturbances: list[Disturbance] = []
         self.hangs = 0
+        self.killed: set[int] = set()  # the numbers of hosts
+        self.stranded: list[float] = []  # when processes began to survive KILL
         self.locked: set[str] = set()  # the jobs whose rows a stranger locked
         # Who waits here for a lock of our own would wait for ever.
         self.wanted: list[Sequence[dict[str, object]]] = []  # to be enqueued
@@ -6454,6 +6456,7 @@ def kill_worker(nemesis: Nemesis) -> None:
 def kill_supervisor(nemesis: Nemesis) -> None:
     host = nemesis.a_host()
     host.signal(signal.SIGKILL)
+    nemesis.killed.add(host.number)
     nemesis.case.replace(host)
 
 
@@ -6462,6 +6465,7 @@ def kill_host(nemesis: Nemesis) -> Iterator[float]:
     """A supervisor and all its workers in one go; its jobs know nothing of it."""
     host = nemesis.a_host()
     kill_all([host.top(), *host.children()])
+    nemesis.killed.add(host.number)
     yield nemesis.random.choice((0, 1, 7))
     nemesis.case.replace(host)
 
@@ -6539,6 +6543,8 @@ def hang(nemesis: Nemesis, killable: bool) -> Iterator[float]:
     if not directory.answering:
         return  # it hangs as it is
     directory.hang(killable)
+    if not killable:
+        nemesis.stranded.append(time.time())
     nemesis.hangs += 1
     jobs = nemesis.case.jobs_beside_a_hung_directory(f"hang{nemesis.hangs}")
     nemesis.wanted.append(jobs)
@@ -7180,10 +7186,15 @@ class Verdict:
     def none_overlap(self) -> None:
         unexplained = []
         for line in self.case.lines("overlaps"):
-            _, moment, *pids = line.split()
+            job, moment, *pids = line.split()
             at = float(moment)
             whose = [(int(pids[i]), int(pids[i + 1])) for i in (0, 2) if pids[i:]]
             why = [self.nemesis.disturbance(*one, at, at) for one in whose]
+            # README: as long as a worker of its host is there to see it.
+            older_killed = whose[1:] and whose[1][0] in self.nemesis.killed
+            stuck = any(0 <= at - began <= 10 for began in self.nemesis.stranded)
+            if job.startswith("hang") and older_killed and stuck:
+                why.append("it survives KILL, and no worker of its host is left")
             if any(why):
                 self.nemesis.set_aside[f"overlap: {max(why)}"] += 1
             else:
