@@ -8653,7 +8653,11 @@ class DatabaseThread:
         self._on_error = on_error
         self._requests: queue.SimpleQueue[WorkerRequest] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[WorkerAnswer] = queue.SimpleQueue()
-        threading.Thread(target=self._serve_requests, daemon=True).start()
+        thread = threading.Thread(target=self._serve_requests, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            raise Problem("this host has no thread to spare") from None
 
     def request(self, request: WorkerRequest) -> None:
         """Has the thread do the work, and the loop act on what comes of it."""
@@ -9688,6 +9692,10 @@ class Log:
         """Returns once all was written, or has waited for long enough."""
         with self._changed:
             self._changed.wait_for(self._is_written, LOG_FINISH_S)
+            # Where the host has no thread to spare, the last words matter most.
+            if not self._started:
+                for line in self._lines:
+                    self._write(line)
 
     def _is_written(self) -> bool:
         return not self._lines and not self._writing
@@ -9927,6 +9935,8 @@ def fork_child(work: Callable[[], int], say: Callable[[str], None],
     status = CHILD_FAILED
     try:
         status = work()
+    except Problem as problem:
+        say(problem.what)
     except BaseException:
         say(traceback.format_exc())
     finally:

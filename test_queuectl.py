@@ -5220,7 +5220,9 @@ class Crashes(WorkCase):
         self,
     ) -> None:
         self.put("setsid sleep 61 > /dev/null 2>&1 & echo $! > left")
-        workers = [self.worker("--count", "2") for _ in range(2)]
+        # Its grace is a fifth of the lease at most.
+        patient = {"QUEUECTL_KILL_GRACE": "2", "QUEUECTL_WORKER_TIMEOUT": "15"}
+        workers = [self.worker("--count", "2", **patient) for _ in range(2)]
         self.wait_ended(1)
         for _ in range(2):
             self.put(BOOKED + "trap '' TERM; while :; do sleep 1; done")
@@ -5231,7 +5233,7 @@ class Crashes(WorkCase):
         os.killpg(workers[0].pid, signal.SIGKILL)
         self.kill(workers[1], jobs_too=False)
         [left] = map(int, self.lines("left"))
-        self.wait_until(lambda: self.living() == [left], "all runs have ended", 1 + 2)
+        self.wait_until(lambda: self.living() == [left], "all runs have ended", 2 + 3)
         self.assertEqual(self.lines("told"), ["told", "told"])
 
     def test_no_run_goes_on_when_a_supervisor_dies_before_it_replaced_a_worker(
@@ -7232,6 +7234,10 @@ class Verdict:
         for host in self.case.all:
             self.case.assertNotIn("Traceback", host.said())
             ends = re.findall(r"worker process of .* ended: (.*)", host.said())
+            # Where processes are limited, one that starts may get no thread.
+            for _ in re.findall("no thread to spare", host.said()):
+                ends.remove("exit status 70")
+                self.nemesis.set_aside["a start: no thread to spare"] += 1
             self.case.assertEqual(set(ends) - {"signal 9"}, set(), host.said())
             self.case.assertLessEqual(len(ends), host.killed, host.said())
 
@@ -7294,7 +7300,9 @@ class Verdict:
         assert_equal(
             ask(
                 "SELECT id, runs, COUNT(run), COUNT(runs.finished_at) FROM jobs LEFT "
-                "JOIN runs ON job_seq = seq GROUP BY id, runs "
+                "JOIN runs ON job_seq = seq "
+                # Of a refused row's last run there is no history.
+                "WHERE NOT jobs.reason <=> 'refused' GROUP BY id, runs "
                 "HAVING COUNT(run) <> runs OR COUNT(runs.finished_at) <> runs"
             ),
             [],
