@@ -4416,6 +4416,8 @@ QUEUES_AT_ONCE = 100
 QUEUES_SOUGHT_SINGLY = 8
 # How many jobs of a queue may run at once; NULL: there is no limit.
 QUEUE_LIMIT_SQL = "IF(paused_at IS NULL, max_running, 0)"
+# Who takes only jobs that must run alone looks so far into a queue for one.
+LONE_SOUGHT_AMONG = 1000
 
 class WorkerIdentity(NamedTuple):
     """One worker process, as its row describes it."""
@@ -4433,6 +4435,20 @@ class Candidate(NamedTuple):
     losses: int
     claim_order: int
     found_after_us: int  # how long the server had looked when it came to it
+
+    @property
+    def alone(self) -> bool:
+        """Whether it must run alone."""
+        return self.losses >= ALONE_AFTER_LOSSES
+
+@dataclass
+class LoneJobs:
+    """What one claim is to do about jobs that must run alone."""
+    idle: bool = False  # the worker runs nothing, so that it may take one
+    only: bool = False  # it takes nothing else
+    may_lend: bool = False  # a busy worker may leave a slot free for one
+    kept: int = 0  # how many slots the claim has left free: one at most
+    taken: bool = False  # the claim has taken one, and takes nothing beside it
 
 class Position(NamedTuple):
     """Where a claim in a queue ended; the next one may go on behind it."""
@@ -4526,12 +4542,12 @@ class Claimer:
             f"SELECT name, {QUEUE_LIMIT_SQL} FROM queues "
             "WHERE paused_at IS NOT NULL OR max_running IS NOT NULL")
 
-    def claim(self, cursor: Cursor, wanted: int, idle: bool) -> bool:
+    def claim(self, cursor: Cursor, wanted: int, lone: LoneJobs) -> bool:
         """Marks up to `wanted` jobs with the token, shared over the queues
         with some.
 
         Returns whether there may be more for what is still free, in queues
-        behind those of the list. `idle`: the worker runs nothing.
+        behind those of the list. In `lone` it notes the slot that it leaves.
         """
         if self._look_owed or not self._queues:
             self._find_queues(cursor)
@@ -4542,11 +4558,12 @@ class Claimer:
         open_queues = [name for name in self._queues if capacity.get(name) != 0]
         share = -(-wanted // max(1, len(open_queues)))
         for at_most in sorted({share, wanted}):
-            self._go_round(cursor, capacity, idle, at_most, wanted)
+            self._go_round(cursor, capacity, lone, at_most, wanted)
         if self.seqs and self._locks(cursor):
             defer_claim(cursor, self.seqs, self.token, self._identity.id)
         # A list whose queues are all paused or full is still there.
-        return self._has_more and len(self.seqs) < wanted and not self._queues
+        full = len(self.seqs) + lone.kept >= wanted
+        return self._has_more and not full and not self._queues
 
     def _find_queues(self, cursor: Cursor) -> None:
         """Lists the next queues that have pending jobs, or those that are served."""
@@ -4565,28 +4582,28 @@ class Claimer:
         self._look_owed = False
         self._positions.clear()
 
-    def _go_round(self, cursor: Cursor, capacity: dict[str, int], idle: bool,
+    def _go_round(self, cursor: Cursor, capacity: dict[str, int], lone: LoneJobs,
                   at_most: int, wanted: int) -> None:
         """Marks up to `at_most` jobs of each queue on the list, `wanted` in all."""
         for name in list(self._queues):
-            before = len(self.seqs)
-            if before >= wanted or not self._queues:
+            before, kept = len(self.seqs), lone.kept
+            if before + kept >= wanted or lone.taken or not self._queues:
                 return
-            room = min(at_most, wanted - before)
+            room = min(at_most, wanted - before - kept)
             limit = min(room, capacity.get(name, room))
-            more_may_follow = True
             if limit > 0:
-                more_may_follow = self._claim_from_queue(cursor, name, limit, idle)
+                self._claim_from_queue(cursor, name, limit, lone)
             taken = len(self.seqs) - before
+            limit -= lone.kept - kept
             if name in capacity:
                 capacity[name] -= taken
             self._queues.remove(name)
             # Who gave less than asked for is empty: it is not asked again. One
             # that is paused or full stays on the list.
-            if taken == limit or not more_may_follow:
+            if taken == limit or lone.taken:
                 self._queues.append(name)
             self._last_queue = name
-            if not more_may_follow:
+            if lone.taken:
                 return
             # One that gave nothing was emptied by another worker, which is
             # about to empty the next ones, too. Where there are so many that
@@ -4646,36 +4663,64 @@ class Claimer:
         return [one.name for one in found if capacity[one.name]]
 
     def _claim_from_queue(self, cursor: Cursor, name: str, wanted: int,
-                          idle: bool) -> bool:
-        """Marks jobs of one queue; returns False if nothing beside them may be
-        claimed.
+                          lone: LoneJobs) -> None:
+        """Marks jobs of one queue.
 
-        A job that must run alone is taken only by a process with no other run;
-        one that has others takes nothing behind it, so that it comes to that.
+        A job that must run alone is taken only by a process with no other run.
+        Any other passes it over; where it may lend, it leaves it a slot.
         """
         if not self._locks(cursor):
-            return self._claim_by_update(cursor, name, wanted, idle)
-        alone = False
-        taken: list[Candidate] = []
+            self._claim_by_update(cursor, name, wanted, lone)
+            return
+        if lone.only:
+            self._claim_lone(cursor, name, lone)
+            return
         found = self._candidates(cursor, name, wanted)
-        for job in found:
-            alone = job.losses >= ALONE_AFTER_LOSSES
-            if not alone or (idle and not self.seqs and not taken):
-                taken.append(job)
-            if alone:
-                break
-        if taken:
-            self._note_position(name, taken[-1], found[-1].found_after_us)
-        self.seqs += [job.seq for job in taken]
-        return not alone
+        may_take = lone.idle and not self.seqs
+        if may_take and found and found[0].alone:
+            lone.taken = True
+            found = found[:1]
+        elif any(job.alone for job in found):
+            if lone.may_lend and not lone.kept:
+                lone.kept = 1
+                wanted -= 1
+            ordinary = f"AND losses < {ALONE_AFTER_LOSSES}"
+            found = self._candidates(cursor, name, wanted, ordinary)
+        if found:
+            self._note_position(name, found[-1])
+        self.seqs += [job.seq for job in found]
 
-    def _note_position(self, name: str, last: Candidate, server_us: int) -> None:
+    def _claim_lone(self, cursor: Cursor, name: str, lone: LoneJobs) -> None:
+        """Marks a job of one queue that must run alone, if there is one.
+
+        It is sought without a lock, which others would have to pass over.
+        """
+        found = cursor.records(
+            Candidate,
+            f"""
+            SELECT seq, losses, claim_order, 0 AS found_after_us
+              FROM (SELECT seq, losses, claim_order FROM jobs FORCE INDEX (jobs_claim)
+                     WHERE state = 'pending' AND queue = %s
+                           {self.refusals.and_not_refused()}
+                     ORDER BY claim_order, seq LIMIT {LONE_SOUGHT_AMONG}) AS first_ones
+             WHERE losses >= {ALONE_AFTER_LOSSES}
+             ORDER BY claim_order, seq LIMIT 1
+            """, name)
+        for job in found:
+            this_one = f"AND claim_order = {job.claim_order} AND seq = {job.seq}"
+            locked = self._candidates(cursor, name, 1, this_one)
+            self.seqs += [one.seq for one in locked if one.alone]
+        lone.taken = bool(self.seqs)
+
+    def _note_position(self, name: str, last: Candidate) -> None:
         """Has the next claim in a queue begin behind `last`, if this one was slow."""
-        if name in self._positions or server_us > SLOW_CLAIM_US:
+        if name in self._positions or last.found_after_us > SLOW_CLAIM_US:
             self._positions[name] = Position(last.claim_order, last.seq)
 
-    def _candidates(self, cursor: Cursor, name: str, wanted: int) -> list[Candidate]:
-        """Locks and returns the next pending jobs of a queue.
+    def _candidates(self, cursor: Cursor, name: str, wanted: int,
+                    condition: str = "") -> list[Candidate]:
+        """Locks and returns the next pending jobs of a queue, of those that
+        `condition` leaves.
 
         Under a long snapshot (a mysqldump) the index keeps the entries of
         claimed rows, and a claim walks over them all. So where a claim was
@@ -4683,12 +4728,11 @@ class Claimer:
         finds what has a higher priority, too. The server tells how long it
         took: NOW is when the statement began, and a slow wire does not count.
         """
-        condition = ""
         reached = self._positions.get(name)
         if reached:
             order, seq = reached
             later = f"claim_order = {order} AND seq > {seq}"
-            condition = f"AND (claim_order > {order} OR ({later}))"
+            condition += f" AND (claim_order > {order} OR ({later}))"
         and_not_refused = self.refusals.and_not_refused()
         return cursor.records(
             Candidate,
@@ -4702,25 +4746,31 @@ class Claimer:
             """, name)
 
     def _claim_by_update(self, cursor: Cursor, name: str, wanted: int,
-                         idle: bool) -> bool:
+                         lone: LoneJobs) -> None:
         """Claims without SKIP LOCKED: by one guarded UPDATE, then a read by
         token.
 
-        A job that must run alone waits until a process is idle and nothing
-        else waits.
+        A job that must run alone waits until nothing else waits, and a process
+        is idle or may lend.
         """
         where = f"queue = %s {self.refusals.and_not_refused()}"
         ordinary = SqlCondition(f"{where} AND losses < {ALONE_AFTER_LOSSES}", [name])
         alone = SqlCondition(f"{where} AND losses >= {ALONE_AFTER_LOSSES}", [name])
         worker = self._identity.id
-        claimed = claim_next(cursor, ordinary, wanted, self.token, worker)
-        if not claimed and idle and not self.seqs:
+        claimed = 0
+        if not lone.only:
+            claimed = claim_next(cursor, ordinary, wanted, self.token, worker)
+        if not claimed and lone.idle and not self.seqs:
             claim_next(cursor, alone, 1, self.token, worker)
+        elif claimed < wanted and lone.may_lend and not lone.kept:
+            lone.kept = len(cursor.rows(
+                int, "SELECT 1 FROM jobs FORCE INDEX (jobs_claim) "
+                f"WHERE state = 'pending' AND {alone.where} LIMIT 1", *alone.values))
         losses: dict[int, int] = cursor.pairs(
             "SELECT seq, losses FROM jobs FORCE INDEX (jobs_due) "
             "WHERE state = 'processing' AND token = %s", self.token)
         self.seqs = list(losses)
-        return all(count < ALONE_AFTER_LOSSES for count in losses.values())
+        lone.taken = any(count >= ALONE_AFTER_LOSSES for count in losses.values())
 
 def queues_with(cursor: Cursor, state: State) -> list[str]:
     """Returns all queues that have jobs in this state, in the order of their names."""
@@ -5308,6 +5358,8 @@ class TurnRequest:
     flushes: Sequence[Ended] = ()  # output so far of runs that go on
     running: Collection[tuple[int, str]] = ()  # (seq, token) of the runs that go on
     free: int = 0  # how many jobs it may claim
+    alone_only: bool = False  # it claims only jobs that must run alone
+    may_lend: bool = False  # it may leave one slot free for such a job
     look: bool = False  # for cancellations, settings, due jobs and new queues
     detect: bool = False  # raise the heartbeat in any case, and look for lost workers
     all_runs: bool = False  # look at the runs of all workers, not at our own alone
@@ -5328,7 +5380,7 @@ class QueueSnapshot:
     orphaned: list[str | None]  # workers that have runs and no live row
     expired: list[str]  # workers that were lost a day ago
     staged: list[str]  # the keys in `config` of batches still to be released
-    drained: bool = False
+    drained: bool = False  # a worker that may leave has nothing more to run
 
 @dataclass(frozen=True)
 class TurnResult:
@@ -5338,6 +5390,7 @@ class TurnResult:
     snapshot: QueueSnapshot | None = None
     due_s: float = math.inf  # until the next scheduled or failed job is due
     settlements: Sequence[Settlement] = ()
+    slot_kept: bool = False  # a slot was left free for a job that must run alone
     notes: Sequence[str] = ()  # for the log
     unsettled: Sequence[Ended] = ()  # what one turn could not carry: for the next
     unflushed: Collection[tuple[int, str]] = ()  # (seq, token) of the same
@@ -5631,7 +5684,9 @@ class Aftermath:
         """Does what follows from a snapshot, each in a transaction of its own."""
         # What is due at once is work, and all queues need not be gone through.
         idle = not (request.running or result.jobs) and result.due_s > 0
-        if request.drain and idle:
+        if request.alone_only:
+            snapshot.drained = idle
+        elif request.drain and idle:
             snapshot.drained = self._database.read(
                 lambda cursor: is_drained(cursor, self._served))
         lost: dict[str, int] = {}
@@ -5721,6 +5776,7 @@ class TurnTaker:
         # Of the present try: what it settled, and what it left of dependents.
         self._settlements: list[Settlement] = []
         self._resolution = Resolution()
+        self._lone = LoneJobs()
         self._state = ""  # as our row says
 
     def take(self, request: TurnRequest) -> TurnResult:
@@ -5814,6 +5870,7 @@ class TurnTaker:
         """Returns what the present try has come to."""
         load = self._packer.load
         return TurnResult(jobs=jobs, due_s=due_s, settlements=self._settlements,
+                          slot_kept=bool(self._lone.kept),
                           unsettled=load.unsettled, unflushed=load.unflushed)
 
     def _raise_heartbeat(self, cursor: Cursor, state: str) -> bool:
@@ -5895,9 +5952,11 @@ class TurnTaker:
         sent. It returns whether there may be more in further queues.
         """
         wanted = request.free - unsettled
+        self._lone = LoneJobs(idle=not request.running, only=request.alone_only,
+                              may_lend=request.may_lend)
         if wanted <= 0:
             return False
-        return self._claimer.claim(cursor, wanted, idle=not request.running)
+        return self._claimer.claim(cursor, wanted, self._lone)
 
     def _verify_turn(self, cursor: Transaction) -> TurnResult | None:
         """Returns what came of a turn whose COMMIT was not answered; None if
@@ -8368,6 +8427,41 @@ class RunRegistry:
         data = text.encode()
         self._memory[start:end] = data.ljust(self.CELL, b"\0")
 
+class LentSlot:
+    """The slot that one worker process of a supervisor has lent, in memory that
+    all share.
+
+    A job that must run alone may find a run in every process. Then one of them
+    that has a free slot lends it: the supervisor forks the spare worker, which
+    runs such jobs and nothing else, and until that has left, the lender has one
+    slot less. So there are never more runs than slots.
+    """
+    def __init__(self) -> None:
+        """Nothing is lent."""
+        # The lender's number and one; 0: there is none. Should two lend at the
+        # same moment, the second alone goes without its slot, which is enough.
+        memory = mmap.mmap(-1, 2)
+        self._lender = memoryview(memory).cast("H")
+
+    @property
+    def taken(self) -> bool:
+        """Whether a slot is lent."""
+        return self._lender[0] > 0
+
+    def lend(self, number: int) -> None:
+        """Has this worker lend one of its slots."""
+        self._lender[0] = number + 1
+
+    def lent_by(self, number: int) -> int:
+        """Returns how many slots this worker has lent: one or none."""
+        return int(self._lender[0] == number + 1)
+
+    def give_back(self) -> list[int]:
+        """Ends the loan; returns the worker that has its slot back, if any."""
+        lender = self._lender[0] - 1
+        self._lender[0] = 0
+        return [lender] if lender >= 0 else []
+
 class SiblingWorkers:
     """How busy each worker process of a supervisor is, in memory that all share.
 
@@ -8375,6 +8469,7 @@ class SiblingWorkers:
     """
     def __init__(self, slots: Sequence[int]) -> None:
         """Makes memory and pipes, before the workers are forked."""
+        self.lent = LentSlot()
         self._slots = slots
         # Two bytes for each number.
         memory = mmap.mmap(-1, 2 * len(slots))
@@ -8402,7 +8497,7 @@ class SiblingWorkers:
         """Returns the workers that have a free slot."""
         idle = []
         for number, slots in enumerate(self._slots):
-            if self._busy[number] < slots:
+            if self._busy[number] < slots - self.lent.lent_by(number):
                 idle.append(number)
         return idle
 
@@ -8434,10 +8529,30 @@ class WorkerContext(NamedTuple):
     slots: int
     supervisor: int
     lifeline: int  # readable once the supervisor is gone
-    ready: int  # written once the worker has entered its row
+    ready: int  # written once the worker has entered its row, or lent a slot
     registry: RunRegistry
     # The dead workers whose place it takes, each with the tags of its runs.
     inherited: tuple[tuple[str, tuple[str, ...]], ...]
+    spare: bool  # it has the slot that another has lent
+
+    @property
+    def slots_left(self) -> int:
+        """How many slots it has, less the one that it has lent."""
+        return self.slots - self.siblings.lent.lent_by(self.number)
+
+    def report(self, busy: int, slot_kept: bool) -> None:
+        """Tells how many slots are taken after a turn, and lends the one that
+        the turn has kept free, unless another has lent one since.
+        """
+        siblings = self.siblings
+        siblings.report(self.number, busy)
+        if not slot_kept or siblings.lent.taken:
+            return
+        siblings.lent.lend(self.number)
+        # Now the supervisor forks the spare worker. A closed pipe: it is gone,
+        # and so are we soon.
+        with contextlib.suppress(OSError):
+            os.write(self.ready, b"+")
 
 def catch_signals() -> tuple[int, int]:
     """Returns a pipe that gets each handled signal's number as a byte: both ends.
@@ -9039,7 +9154,7 @@ class RunTable:
         short_at = self._timers.host_short_at
         if now < short_at + SHORT_PAUSE_S:
             return 0
-        free = self._context.slots - len(claims)
+        free = self._context.slots_left - len(claims)
         # A short host takes one at a time, and leaves the others to others.
         if now < short_at + SHORT_MEMORY_S:
             return min(free, 1)
@@ -9224,9 +9339,11 @@ LOW_WATER = 8
 
 class TurnPlanner:
     """When a turn is worth asking for, and what it is to carry."""
-    def __init__(self, drain: bool, timers: Timers, runs: RunTable,
-                 wake_calls: WakeCalls) -> None:
-        self._drain = drain
+    def __init__(self, options: WorkerOptions, context: WorkerContext,
+                 timers: Timers, runs: RunTable, wake_calls: WakeCalls) -> None:
+        """Plans for one worker; nothing is asked for yet."""
+        self._drain = options.drain
+        self._context = context
         self._timers = timers
         self._runs = runs
         self._wake_calls = wake_calls
@@ -9253,8 +9370,10 @@ class TurnPlanner:
             return None
         flushes = runs.flushes(now)
         ended = bool(runs.results.waiting)
-        # With the last result of a draining worker the queue may be drained.
-        if self._drain and ended and not runs.busy:
+        # With the last result of a draining worker the queue may be drained,
+        # and with that of the spare there may be nothing more for it.
+        may_leave = self._drain or self._context.spare
+        if may_leave and ended and not runs.busy:
             look = True
         if not (ended or flushes or look or called):
             return None
@@ -9270,6 +9389,8 @@ class TurnPlanner:
             flushes=flushes,
             running=running,
             free=free,
+            alone_only=self._context.spare,
+            may_lend=not self._context.siblings.lent.taken,
             look=look,
             detect=detect,
             all_runs=all_runs,
@@ -9336,7 +9457,7 @@ class Worker:
         self._selector = selector
         self._wake_calls = wake_calls
         self._runs = runs
-        self._planner = TurnPlanner(options.drain, timers, runs, wake_calls)
+        self._planner = TurnPlanner(options, context, timers, runs, wake_calls)
         self._membership = Membership(options, context)
         self._thread = DatabaseThread(wake_end, self._on_refused)
 
@@ -9438,7 +9559,7 @@ class Worker:
             runs.claimed.extend(result.jobs)
             # The turn's heartbeat came later: until then they are surely ours.
             timers.start_by = asked_at + self.settings.lease_s
-        self.context.siblings.report(self.context.number, runs.busy)
+        self.context.report(runs.busy, result.slot_kept)
         timers.look_within(result.due_s)
         if result.snapshot:
             self._on_snapshot(result.snapshot)
@@ -9465,7 +9586,7 @@ class Worker:
         """Acts on what a look around has shown."""
         runs = self._runs
         runs.cancel(snapshot.runs)
-        all_busy = runs.busy >= self.context.slots
+        all_busy = runs.busy >= self.context.slots_left
         self._wake_calls.call_siblings(snapshot, all_busy)
         config = snapshot.config
         version = config.get("schema_version")
@@ -9912,6 +10033,8 @@ def _unwritable(path: str, error: OSError) -> Problem:
 RESPAWN_PAUSE_S = 0.1
 RESPAWN_PAUSE_MAX_S = 30.0
 STEADY_AFTER_S = 10.0
+# The spare worker is forked no more often than this.
+SPARE_PAUSE_S = 1.0
 # Where the host has no process to spare, forking is tried again after so long.
 FORK_PAUSE_S = 1.0
 # After a second stop signal a worker has its kill_grace and this much more:
@@ -9963,6 +10086,18 @@ class ChildProcess:
     pause_s: float = RESPAWN_PAUSE_S
     # When to fork it; infinite once it is not to be replaced.
     spawn_at: float = 0.0
+    spare: bool = False  # it is forked only for a slot that another has lent
+
+    def spawn_spare(self) -> None:
+        """Has it forked soon, unless it runs already or is about to.
+
+        As an earlier spare left in good order, it inherits nothing.
+        """
+        if self.spawn_at < math.inf:
+            return
+        self.inherited = ()
+        self.registry.pass_on()
+        self.spawn_at = self.started + SPARE_PAUSE_S
 
     @property
     def opened(self) -> bool:
@@ -10083,13 +10218,16 @@ class Supervisor:
         for slots in shares:
             child = ChildProcess(slots, RunRegistry(slots))
             self._children.append(child)
+        # The last one is the spare. It has no slot but the one that is lent.
+        spare = ChildProcess(1, RunRegistry(1), spawn_at=math.inf, spare=True)
+        self._children.append(spare)
         registries = [child.registry for child in self._children]
         self._guardian = Guardian(registries, options.settings)
-        self._siblings = SiblingWorkers(shares)
+        self._siblings = SiblingWorkers([*shares, 0])
         # Only we hold its writing end: it closes when we are gone, however
         # that came about.
         self._lifeline = Pipe(*os.pipe())
-        # A worker writes to it once it has entered its row.
+        # A worker writes to it once it has entered its row, or lent a slot.
         self._ready = Pipe(*os.pipe())
 
     def run(self, announce: Callable[[], None]) -> int:
@@ -10119,6 +10257,8 @@ class Supervisor:
                 if not announced:
                     announced = True
                     announce()
+                if self._siblings.lent.taken:
+                    self._children[-1].spawn_spare()
             self._reap()
             self._kill_if_due()
         self._end_inherited()
@@ -10204,7 +10344,8 @@ class Supervisor:
             lifeline.read_end,
             ready.write_end,
             child.registry,
-            child.inherited)
+            child.inherited,
+            child.spare)
         worker = Worker(self.options, context)
         return worker.run()
 
@@ -10226,7 +10367,7 @@ class Supervisor:
         Returns the tags of what we must end ourselves.
         """
         # With status 1 it is unable to go on, and another would be no better.
-        told = self.stopping or self.options.drain
+        told = self.stopping or self.options.drain or child.spare
         if status == 1 or (status == 0 and told):
             self._on_over(child, status)
             return []
@@ -10247,6 +10388,8 @@ class Supervisor:
         """Keeps a worker's status; once all are over, so are we."""
         self.status = max(self.status, status)
         child.spawn_at = math.inf
+        if child.spare:
+            self._siblings.wake(self._siblings.lent.give_back())
         for other in self._children:
             if other.pid or other.spawn_at != math.inf:
                 return
@@ -11138,7 +11281,7 @@ class _Explanation:
             return _nobody_serves(self.row.queue)
         if self._is_to_run_alone():
             return ("lost with its worker twice: "
-                    "it runs alone, once a worker is idle")
+                    "it runs alone, once a worker is idle or has a slot to lend")
         queue = f"queue `{self.row.queue}`"
         place = self._ahead() or f"next in {queue}"
         slots = sum(worker.slots for worker in serving)

@@ -688,11 +688,13 @@ class WorkCase(QueueCase):
         self.addCleanup(database.close)
         return database
 
-    def turns(self, **variables: str) -> queuectl.TurnTaker:
+    def turns(
+        self, *, skip_locked: bool = True, **variables: str
+    ) -> queuectl.TurnTaker:
         """What takes a worker's turns, without a worker."""
         name = f"turns-{secrets.token_hex(4)}"
         me = queuectl.WorkerIdentity(name, "here", 0, 0, "", 100, ())
-        turns = queuectl.TurnTaker(self.reach(**variables), me, True)
+        turns = queuectl.TurnTaker(self.reach(**variables), me, skip_locked)
         queuectl.register(turns.database, me, turns.settings.lease_s)
         return turns
 
@@ -2742,6 +2744,113 @@ class Claiming(WorkCase):
         self.drain(QUEUECTL_BACKOFF_MAX="0")
         self.assertEqual(self.job(job, "state", "attempts"), ("dead", 25))
         self.assertEqual([row[0] for row in self.runs(job, "run")], list(range(6, 26)))
+
+    def busy_worker(self, *argv: str, **variables: str) -> tuple[Background, int]:
+        """A worker with a run that does not end in each slot, two a process.
+
+        Also how many processes it has.
+        """
+        processes = os.cpu_count() or 1
+        self.put_many(2 * processes, "exec sleep 600", queue="endless")
+        worker = self.worker("--count", str(2 * processes), *argv, **variables)
+        self.wait_until(
+            lambda: self.counts() == {"processing": 2 * processes}, "all are busy"
+        )
+        return worker, processes
+
+    def free_a_slot(self) -> None:
+        """Cancel an endless run of a process that has another."""
+        [(job_id,)] = self.sql(
+            "SELECT MIN(id) FROM jobs WHERE state = 'processing' AND queue = 'endless' "
+            "GROUP BY worker HAVING COUNT(*) = 2 LIMIT 1"
+        )
+        self.queuectl("cancel", str(job_id))
+
+    def test_a_job_that_must_run_alone_gets_a_process_where_all_have_runs(self) -> None:
+        """With SKIP LOCKED, and without."""
+        for skip_locked in ("on", "off"):
+            with self.subTest(skip_locked):
+                for table in ("jobs", "runs", "workers"):
+                    self.sql(f"DELETE FROM {table}")
+                worker, processes = self.busy_worker(
+                    "--drain", QUEUECTL_SKIP_LOCKED=skip_locked
+                )
+                lone = self.put("sleep 0.1", losses=2, attempts=2)
+                behind = [self.put("sleep 0.1") for _ in range(2)]
+                self.wait_beats(1)
+                # Without a free slot nothing is forked for it.
+                self.assertEqual(len(worker.children()), processes)
+                self.free_a_slot()
+                for one in (lone, *behind):
+                    self.wait_state(one, State.COMPLETED, 10)
+                # One after the other, in the one slot that was free.
+                overlaps = self.sql(
+                    "SELECT 1 FROM runs a JOIN runs b ON a.job_seq < b.job_seq "
+                    "AND a.started_at < b.finished_at AND b.started_at < a.finished_at "
+                    "WHERE a.reason = 'exit' AND b.reason = 'exit'"
+                )
+                self.assertEqual(overlaps, [])
+                [(runner,)] = self.runs(lone, "worker")
+                others = self.sql("SELECT worker FROM runs WHERE worker = %s", runner)
+                self.assertEqual(others, [(runner,)])
+                busy = self.sql(
+                    "SELECT 1 FROM jobs WHERE worker = %s AND state = 'processing'",
+                    runner,
+                )
+                self.assertEqual(busy, [])
+                self.wait_until(
+                    lambda: len(worker.children()) == processes, "the spare has left"
+                )
+                for (job_id,) in self.sql(
+                    "SELECT id FROM jobs WHERE state = 'processing'"
+                ):
+                    self.queuectl("cancel", str(job_id))
+                self.assertEqual(worker.wait(), 0, worker.said())
+
+    def test_a_job_that_runs_alone_without_end_holds_one_slot_only(self) -> None:
+        worker, processes = self.busy_worker()
+        lone = self.put("exec sleep 600", losses=2, attempts=2)
+        second = self.put("true", losses=2, attempts=2)
+        behind = self.put("true")
+        self.free_a_slot()
+        self.wait_state(lone, State.PROCESSING, 10)
+        self.wait_beats(1)
+        for one in (second, behind):
+            self.assert_state(one, State.PENDING)
+        self.assertEqual(len(worker.children()), processes + 1)
+        self.queuectl("cancel", lone)
+        for one in (second, behind):
+            self.wait_state(one, State.COMPLETED, 10)
+        worker.signal(signal.SIGTERM)
+        self.wait_until(lambda: len(worker.children()) == processes, "the spare left")
+        self.stop_now(worker)
+        self.assertEqual(worker.wait(), 128 + signal.SIGTERM)
+
+    def test_a_job_that_kills_its_worker_takes_no_run_of_a_busy_one_along(self) -> None:
+        worker, processes = self.busy_worker()
+        poison = self.put("kill -9 $PPID", losses=2, attempts=2, max_retries=3)
+        self.free_a_slot()
+        self.wait_state(poison, State.DEAD, 20)
+        self.assertEqual(self.job(poison, "reason", "attempts"), ("lost", 4))
+        self.assertEqual(
+            self.counts(), {"processing": 2 * processes - 1, "cancelled": 1, "dead": 1}
+        )
+        self.assertEqual(
+            self.sql("SELECT MAX(runs) FROM jobs WHERE losses = 0"), [(1,)]
+        )
+
+    def test_nothing_of_another_queue_is_claimed_beside_a_job_that_runs_alone(
+        self,
+    ) -> None:
+        """With SKIP LOCKED, and without."""
+        for skip_locked in (True, False):
+            with self.subTest(skip_locked=skip_locked):
+                self.sql("DELETE FROM jobs")
+                lone = self.put("true", losses=2, queue="a")
+                self.put("true", queue="b")
+                turns = self.turns(skip_locked=skip_locked)
+                jobs = turns.take(queuectl.TurnRequest(free=2, look=True)).jobs
+                self.assertEqual([job.claim.id for job in jobs], [lone])
 
     def test_a_result_too_large_for_the_server_blocks_no_other(self) -> None:
         [(packet,)] = self.sql("SELECT @@global.max_allowed_packet")
