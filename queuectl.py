@@ -9035,9 +9035,12 @@ class WakeCalls:
         if not self.doorbell:
             queues = ",".join(self._options.queues) or "-"
             note = f"{worker} {queues}"
-            self.doorbell = Doorbell(self._target, note, self._on_rung, route,
-                                     reread_target)
-        return self.doorbell.park()
+            # Where the host has no thread to spare the poll finds the work, and
+            # the next turn tries again.
+            with contextlib.suppress(RuntimeError):
+                self.doorbell = Doorbell(self._target, note, self._on_rung, route,
+                                         reread_target)
+        return bool(self.doorbell and self.doorbell.park())
 
     def call_siblings(self, snapshot: QueueSnapshot, all_busy: bool) -> None:
         """Tells siblings what a snapshot of ours shows to concern them."""

@@ -3810,6 +3810,19 @@ class Doorbells(WorkCase):
         queuectl.ring(self.reach(), 1, {"mail", "etl"})
         self.wait_until(lambda: etl, "it was rung")
 
+    def test_where_no_thread_is_to_be_had_the_poll_finds_the_work(self) -> None:
+        self.script = self.path("short.py")
+        with open(self.script, "w") as file:
+            file.write(
+                f"import sys; sys.path[0] = {HERE!r}; import queuectl\n"
+                "def none(*arguments): raise RuntimeError('no new thread')\n"
+                "queuectl.Doorbell = none; sys.exit(queuectl.main())\n"
+            )
+        worker = self.worker()
+        self.wait_state(self.put("true"), State.COMPLETED)
+        self.assertNotIn("Traceback", worker.said())
+        self.assertNotIn("ended: exit", worker.said())
+
     def test_a_bell_is_found_where_performance_schema_is_switched_off(self) -> None:
         # Then its list of processes is there, and empty.
         self.addCleanup(self.sql, "DROP VIEW no_processes")
