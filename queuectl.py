@@ -2216,7 +2216,7 @@ FOUND_ROWS = 1 << 1
 MULTI_STATEMENTS = 1 << 16
 
 # As many rows as the statement itself allows.
-NO_LIMIT = (1 << 64) - 1
+ALL_ROWS = (1 << 64) - 1
 
 class Connector:
     """Finds the host to use, logs in, and sets the session up."""
@@ -2401,7 +2401,7 @@ class Connector:
             "SET SESSION sql_mode = 'STRICT_ALL_TABLES', "
             f"time_zone = '+00:00', {limit} = 0, completion_type = 0, "
             "autocommit = 1, sql_safe_updates = 0, "
-            f"sql_big_selects = 1, sql_select_limit = {NO_LIMIT}, "
+            f"sql_big_selects = 1, sql_select_limit = {ALL_ROWS}, "
             f"innodb_lock_wait_timeout = {lock_wait_s}, "
             f"lock_wait_timeout = {lock_wait_s}, "
             f"wait_timeout = {idle_s}")
@@ -3901,14 +3901,15 @@ def refuse(database: Database, seq: int, token: str | None) -> bool:
             return
         write_dead_letters(cursor, {seq: None})
         release_children(cursor, dependents_of([seq]))
-    try:
-        database.transact(set_aside)
-    except RowRefused:
-        return False
-    # Without it the job is in no list of the dead, and dead all the same.
-    with contextlib.suppress(RowRefused):
-        database.transact(tell_others)
-    return True
+    def work(cursor: Cursor) -> None:
+        set_aside(cursor)
+        tell_others(cursor)
+    # Without its letter a job is in no list of the dead, and dead all the same.
+    for least in (work, set_aside):
+        with contextlib.suppress(RowRefused):
+            database.transact(least)
+            return True
+    return False
 
 
 # ---- enqueue -----------------------------------------------------------------
@@ -8772,7 +8773,9 @@ class DatabaseThread:
         try:
             thread.start()
         except RuntimeError:
-            raise Problem("this host has no thread to spare") from None
+            raise Problem(
+                "this host has no thread to spare: raise the limit on processes "
+                "(ulimit -u, or pids.max of the control group)") from None
 
     def request(self, request: WorkerRequest) -> None:
         """Has the thread do the work, and the loop act on what comes of it."""

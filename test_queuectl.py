@@ -1070,6 +1070,21 @@ class DesignTest(unittest.TestCase):
             ]
             self.assertLessEqual(len(taken), 5, one.name)
 
+    def test_no_name_is_given_twice(self) -> None:
+        """In one file the later one would silently take the place of the other."""
+        given: list[str] = []
+        for one in self.tree.body:
+            if isinstance(one, (ast.FunctionDef, ast.ClassDef)):
+                given.append(one.name)
+            elif isinstance(one, (ast.Assign, ast.AnnAssign)):
+                targets = one.targets if isinstance(one, ast.Assign) else [one.target]
+                names = [name for target in targets for name in ast.walk(target)]
+                given += [name.id for name in names if isinstance(name, ast.Name)]
+        self.assertEqual(
+            [name for name, times in collections.Counter(given).items() if times > 1],
+            [],
+        )
+
     def test_classes_are_small(self) -> None:
         for one in ast.walk(self.tree):
             if not isinstance(one, ast.ClassDef):
@@ -3885,12 +3900,12 @@ class Doorbells(WorkCase):
         """Busy connections, one of them in a sleep of its own, race with rings."""
         rung: list[int] = []
         bell = self.bell(rung)
-        until, broken = time.monotonic() + 2, []
+        over, broken = threading.Event(), []
 
         def work(statement: str) -> None:
             connection = self.connection()
             with connection, connection.cursor() as cursor:
-                while time.monotonic() < until:
+                while not over.is_set():
                     try:
                         cursor.execute(statement)
                         if cursor.fetchone()[0]:  # type: ignore[index]
@@ -3908,14 +3923,17 @@ class Doorbells(WorkCase):
         ]
         for thread in threads:
             thread.start()
-        rings, database = 0, self.reach()
-        while time.monotonic() < until:
+        rings, database, began = 0, self.reach(), time.monotonic()
+        # On a busy machine it takes longer until it was rung often enough.
+        least, most = began + 2, began + 20
+        while time.monotonic() < (least if rings > 20 else most):
             queuectl.ring(database)
             rings += bell.park()
+        over.set()
         for thread in threads:
             thread.join()
         self.assertEqual(broken, [])
-        self.assertGreater(rings, 3)
+        self.assertGreater(rings, 20)
 
 
 class Scale(WorkCase):
