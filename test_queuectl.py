@@ -7316,7 +7316,8 @@ class Verdict:
 
     def all_stop(self) -> None:
         for host in self.case.workers:
-            host.signal(signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # its status tells
+                host.signal(signal.SIGTERM)
         for host in self.case.workers:
             self.case.assertEqual(host.wait(), 0, host.said()[-2000:])
             host.reader.join(5)  # what it said last
