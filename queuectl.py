@@ -4461,6 +4461,9 @@ class QueueCapacity(NamedTuple):
     name: str
     free: int | None
 
+# How long a row that the server refuses is left alone.
+PASSED_OVER_S = 20.0
+
 class Refusals:
     """What the server's refusals of rows have taught us."""
     def __init__(self) -> None:
@@ -4468,8 +4471,8 @@ class Refusals:
         # So many may be claimed at once: few after a refusal, to find whose it
         # was.
         self.at_most = sys.maxsize
-        # Rows that the server lets nobody write.
-        self._passed_over: set[int] = set()
+        # Rows that the server lets nobody write, and when to try each again.
+        self._passed_over: dict[int, float] = {}
 
     def narrow(self, seqs: Sequence[int]) -> int | None:
         """Has fewer claimed at once, after these were refused together.
@@ -4484,11 +4487,14 @@ class Refusals:
         self.at_most = min(2 * self.at_most, sys.maxsize)
 
     def pass_over(self, seq: int) -> None:
-        """Has this row never touched again."""
-        self._passed_over.add(seq)
+        """Has this row left alone for a while; the veto may be lifted then."""
+        self._passed_over[seq] = time.monotonic() + PASSED_OVER_S
 
     def and_not_refused(self) -> str:
         """Returns the end of a WHERE that leaves out what is passed over."""
+        now = time.monotonic()
+        for seq in [seq for seq, until in self._passed_over.items() if until < now]:
+            del self._passed_over[seq]
         if not self._passed_over:
             return ""
         seqs = ", ".join(map(str, sorted(self._passed_over)))
