@@ -5608,7 +5608,8 @@ class RefusedRows:
     A trigger may veto a job, and one such job is not to stop the others.
     """
     def __init__(self, database: Database, claimer: Claimer) -> None:
-        self.aside: set[tuple[int, str]] = set()  # runs whose row takes nothing
+        # Runs whose row takes nothing, and when each is handed back all the same.
+        self._aside: dict[tuple[int, str], float] = {}
         self._database, self._claimer = database, claimer
         self._noted: set[str] = set()  # refusals that the log has
 
@@ -5623,11 +5624,20 @@ class RefusedRows:
         seq = self._claimer.refusals.narrow(self._claimer.seqs)
         return [] if seq is None else [self._set_aside(seq, refused)]
 
+    def leave_alone(self, run: tuple[int, str]) -> None:
+        """Has a run whose row takes nothing left alone for a while."""
+        self._aside[run] = time.monotonic() + PASSED_OVER_S
+
+    def aside(self) -> set[tuple[int, str]]:
+        """Returns the runs that are left alone now."""
+        now = time.monotonic()
+        return {run for run, until in self._aside.items() if until > now}
+
     def set_aside_run(self, claim: Claim, refused: RowRefused) -> str:
         """Sets a job aside whose result is refused; returns what to say of it."""
         if refuse(self._database, claim.seq, claim.token):
             return f"job {claim.id} is dead: its result was refused: {refused}"
-        self.aside.add(claim.key)
+        self.leave_alone(claim.key)
         return f"job {claim.id} stays as it is, its row is refused: {refused}"
 
     def _set_aside(self, seq: int, refused: RowRefused) -> str:
@@ -6047,7 +6057,8 @@ class TurnTaker:
         """Hands back rows under our id that we do not run: a read-back had failed."""
         known = {*request.running,
                  *(claim.key for claim, _ in request.ended)}
-        unknown = [seq for seq, _ in snapshot.runs.keys() - known - self._refused.aside]
+        known |= self._refused.aside()
+        unknown = [seq for seq, _ in snapshot.runs.keys() - known]
         if not unknown:
             return
         condition = SqlCondition("worker = %s AND seq IN %s",
@@ -6059,7 +6070,7 @@ class TurnTaker:
             try:
                 self._settle_now([(job.claim, handed_back)])
             except RowRefused:
-                self._refused.aside.add(job.claim.key)
+                self._refused.leave_alone(job.claim.key)
 
 
 # ---- queries -----------------------------------------------------------------
